@@ -1,0 +1,1 @@
+"""The Hydra config groups, shipped inside the wheel."""

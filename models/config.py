@@ -1,0 +1,153 @@
+"""What a model is made of, as plain dataclasses.
+
+This module imports neither torch nor a config system, so that a command line can show its help at once.
+Every `__post_init__` refuses an impossible value with a `ValueError` that names key, value and cure.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Activation(Enum):
+    """The feed-forward non-linearity. `swiglu` has three matrices, `gelu` two."""
+
+    swiglu = "swiglu"
+    gelu = "gelu"
+
+
+class CapacityRounding(Enum):
+    """How an expert's capacity B is rounded from K·N·C/E (see `twohop.models.capacity`)."""
+
+    ceil = "ceil"
+    round = "round"
+    ceil4 = "ceil4"
+    tutel = "tutel"
+
+
+class Residual(Enum):
+    """PR-MoE's residual branch: how the dense MLP and the routed expert are added (Rajbhandari 2022)."""
+
+    none = "none"
+    sum = "sum"
+    learned = "learned"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass
+class RouterConfig:
+    """Which experts a token goes to. `name` is looked up in `twohop.models.routers`."""
+
+    name: str = "softmax_topk"
+    top_k: int = 2
+    renormalize: bool = False
+    jitter: float = 0.0  # input noise of Switch: x · U(1 - jitter, 1 + jitter), training only
+    load_balance_loss: float = 0.01  # weight α of E · Σ f·P, which is 1 when balanced
+    z_loss: float = 0.0  # weight of mean(logsumexp(logits)²); ST-MoE uses 1e-3
+
+    def __post_init__(self) -> None:
+        _require(self.top_k >= 1, f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
+        _require(0 <= self.jitter < 1, f"model.moe.router.jitter={self.jitter}: use a value in [0, 1)")
+        for key in ("load_balance_loss", "z_loss"):
+            value = getattr(self, key)
+            _require(value >= 0, f"model.moe.router.{key}={value}: a loss weight is at least 0")
+
+
+@dataclass
+class MoEConfig:
+    """The Mixture-of-Experts layers of a model. `experts=[]` makes the model dense."""
+
+    experts: list[int] = field(default_factory=list)  # one entry for each MoE layer, or one for all
+    every: int = 2  # the blocks every, 2·every, … (counted from 1) are MoE blocks
+    ffn_dim: int | None = None  # hidden width of an expert; null: the model's ffn_dim
+    shared_ffn_dim: int = 0  # hidden width of the shared expert that sees every token; 0: none
+    residual: Residual = Residual.none
+    capacity_factor: float | None = None  # C while training; null: dropless
+    eval_capacity_factor: float | None = None  # C at evaluation; null: dropless
+    capacity_rounding: CapacityRounding = CapacityRounding.ceil
+    min_capacity: int = 4
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"model.moe.every={self.every}: use 1 for every block, 2 for every second")
+        _require(self.shared_ffn_dim >= 0, f"model.moe.shared_ffn_dim={self.shared_ffn_dim}: use 0 for none")
+        _require(self.min_capacity >= 0, f"model.moe.min_capacity={self.min_capacity}: use 0 or more")
+        for key in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, key)
+            _require(
+                value is None or value > 0,
+                f"model.moe.{key}={value}: use a positive factor, or null for dropless routing",
+            )
+        for count in self.experts:
+            _require(count >= 1, f"model.moe.experts={self.experts}: every MoE layer needs at least 1 expert")
+            _require(
+                self.router.top_k <= count,
+                f"model.moe.router.top_k={self.router.top_k} is more than the {count} experts of a layer "
+                f"(model.moe.experts={self.experts}): lower top_k or add experts",
+            )
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
+
+    name: str = "dense"
+    vocab_size: int | None = None  # null: taken from the data's tokenizer
+    max_seq_len: int = 256
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # null: num_heads (MHA); fewer: grouped-query attention; 1: MQA
+    head_dim: int | None = None  # null: dim / num_heads
+    ffn_dim: int = 512
+    activation: Activation = Activation.gelu
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("max_seq_len", "dim", "num_layers", "num_heads", "ffn_dim"):
+            value = getattr(self, key)
+            _require(value >= 1, f"model.{key}={value}: use a positive number")
+        _require(
+            self.head_dim is not None or self.dim % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}: "
+            "change one of them or set model.head_dim",
+        )
+        _require(self.key_dim % 2 == 0, f"model.head_dim={self.key_dim} is odd: RoPE rotates pairs, use an even one")
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+        given, wanted = len(self.moe.experts), self.num_layers // self.moe.every
+        _require(
+            given in (0, 1, wanted),
+            f"model.moe.experts lists {given} layers, but model.num_layers={self.num_layers} with "
+            f"model.moe.every={self.moe.every} makes {wanted} MoE layers: list {wanted} counts, or one for all",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def experts_by_block(self) -> list[int]:
+        """Number of experts of every block, in order; 0 for a dense block."""
+        counts = [0] * self.num_layers
+        blocks = range(self.moe.every - 1, self.num_layers, self.moe.every)
+        if self.moe.experts:
+            per_layer = self.moe.experts * len(blocks) if len(self.moe.experts) == 1 else self.moe.experts
+            for block, experts in zip(blocks, per_layer, strict=True):
+                counts[block] = experts
+        return counts
