@@ -94,7 +94,7 @@ def _collect(team: list[Worker], deadline: float, timeout: float) -> list[Any]:
             except EOFError:
                 team[rank].process.join()
                 died = RuntimeError(f"rank {rank} died, exit code {team[rank].process.exitcode}")
-                failure = (time.monotonic(), died, "")
+                failure = (0.0, died, "")  # a death comes first: it explains the errors of its peers
             if failure is not None:
                 moment, error, trace = failure
                 failures.append((moment, rank, error, trace))
