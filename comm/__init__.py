@@ -1,0 +1,40 @@
+"""Expert dispatch: tokens reach their experts in at most two hops and cross the slow network once.
+
+Knows no model, no config and no logging; process groups are passed in through a `Topology`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twohop.comm.all_to_all import build_all_to_all
+    from twohop.comm.dispatcher import Dispatched, TokenDispatcher, build_dispatcher
+    from twohop.comm.errors import CommError
+    from twohop.comm.topology import Topology
+    from twohop.comm.traffic import TrafficMeter
+
+_HOME = {
+    "build_all_to_all": "all_to_all",
+    "Dispatched": "dispatcher",
+    "TokenDispatcher": "dispatcher",
+    "build_dispatcher": "dispatcher",
+    "CommError": "errors",
+    "Topology": "topology",
+    "TrafficMeter": "traffic",
+}
+__all__ = [
+    "CommError",
+    "Dispatched",
+    "TokenDispatcher",
+    "Topology",
+    "TrafficMeter",
+    "build_all_to_all",
+    "build_dispatcher",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the command line can answer without torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
