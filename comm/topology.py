@@ -101,6 +101,11 @@ class Topology:
         check_ep_size(ep_size or world_size, world_size)
         return cls(levels, ep_size or world_size, rank, timeout_s, {})
 
+    @classmethod
+    def one_process(cls) -> "Topology":
+        """A world of this process alone, whatever process group there is; no other rank needs to call this."""
+        return cls((1, 1), ep_size=1, rank=0, timeout_s=1.0, family={})
+
     def with_ep(self, ep_size: int) -> "Topology":
         """The same ranks with another EP size. Every rank of the world must call this; layouts are made once."""
         if ep_size not in self._family:

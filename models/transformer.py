@@ -1,0 +1,147 @@
+"""The decoder-only Transformer, with dense or Mixture-of-Experts feed-forward layers.
+
+Shapes: B sequences, T positions, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twohop.comm import TokenDispatcher, Topology, build_dispatcher
+from twohop.models.attention import Attention, KVCache, rope_angles
+from twohop.models.config import ModelConfig
+from twohop.models.feed_forward import FeedForward
+from twohop.models.moe import MoELayer, MoEStats
+
+MakeDispatcher = Callable[[int, int], TokenDispatcher]
+
+
+class ModelOutput(NamedTuple):
+    """Logits for the next token [B, T, V], and the statistics of every MoE layer in order."""
+
+    logits_BTV: Tensor
+    moe: tuple[MoEStats, ...]
+
+
+class ParameterCounts(NamedTuple):
+    """All parameters of a model, and those that one token uses."""
+
+    total: int
+    active: int
+
+
+class Block(nn.Module):
+    """Attention, then a dense MLP or an MoE layer, each after a norm and beside the residual stream."""
+
+    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher | None) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.is_moe = dispatcher is not None
+        if dispatcher is not None:
+            self.moe = MoELayer(config, dispatcher)
+        else:
+            self.mlp = FeedForward(config.dim, config.ffn_dim, config.activation)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None
+    ) -> tuple[Tensor, MoEStats | None]:
+        """[B, T, D] → [B, T, D], and the MoE layer's statistics if there is one."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
+        h_BTD = self.ffn_norm(x_BTD)
+        y_BTD, stats = self.moe(h_BTD) if self.is_moe else (self.mlp(h_BTD), None)
+        return x_BTD + y_BTD, stats
+
+
+class Transformer(nn.Module):
+    """Token ids to next-token logits. Make it with `build_model`; `dispatchers` has one for each MoE layer."""
+
+    def __init__(self, config: ModelConfig, dispatchers: Sequence[TokenDispatcher]) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null: set it to the size of the tokenizer's vocabulary")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        remaining = iter(dispatchers)
+        self.blocks = nn.ModuleList(Block(config, next(remaining) if n else None) for n in config.experts_by_block)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, ids_BT: Tensor, cache: list[KVCache] | None = None) -> ModelOutput:
+        """int64 [B, T] → `ModelOutput`. With a cache (see `new_cache`), ids continue the positions in it.
+
+        With expert parallelism every rank of each layer's EP group must call this. Raises ValueError past max_seq_len.
+        """
+        start = cache[0].length if cache else 0
+        end = start + ids_BT.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(
+                f"a sequence of {end} tokens is longer than model.max_seq_len={self.config.max_seq_len}: "
+                "shorten it, or train with a larger max_seq_len"
+            )
+        x_BTD = self.embed(ids_BT)
+        angle_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        positions_T = torch.arange(start, end, device=ids_BT.device)
+        rope = rope_angles(positions_T, self.config.key_dim, self.config.rope_theta, angle_dtype)
+        moe = []
+        for i, block in enumerate(self.blocks):
+            x_BTD, stats = block(x_BTD, rope, cache[i] if cache else None)
+            if stats is not None:
+                moe.append(stats)
+        # Tied by use, not by one parameter in two modules: so the tie survives moving off the meta device.
+        head_VD = self.embed.weight if self.head is None else self.head.weight
+        return ModelOutput(F.linear(self.norm(x_BTD), head_VD), tuple(moe))
+
+    def new_cache(self, max_len: int) -> list[KVCache]:
+        """An empty key/value cache for `max_len` positions."""
+        return [KVCache(max_len) for _ in self.blocks]
+
+    def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
+        """(module name, layer) of every MoE layer, in order."""
+        for name, module in self.named_modules():
+            if isinstance(module, MoELayer):
+                yield name, module
+
+
+def build_model(
+    config: ModelConfig, make_dispatcher: MakeDispatcher | None = None, device: torch.device | str | None = None
+) -> Transformer:
+    """A Transformer whose weights are not yet set: call `init_weights`, or load them.
+
+    `make_dispatcher(moe_layer_index, num_experts)` says where each layer's experts live; None keeps all of them in
+    this process. Raises ValueError for a configuration that cannot be built.
+    """
+    experts_of_moe_layers = [num_experts for num_experts in config.experts_by_block if num_experts]
+    dispatchers = [(make_dispatcher or _one_process)(i, n) for i, n in enumerate(experts_of_moe_layers)]
+    with torch.device("meta"):  # no time spent on initial values that would be thrown away
+        model = Transformer(config, dispatchers)
+    return model.to_empty(device=device or "cpu")
+
+
+def _one_process(moe_layer_index: int, num_experts: int) -> TokenDispatcher:
+    return build_dispatcher("flat", Topology.one_process(), num_experts)
+
+
+def expert_parameters(model: Transformer) -> dict[str, MoELayer]:
+    """Names of the parameters that are cut over an EP group (first dimension: local experts), with their layers."""
+    return {
+        f"{layer_name}.experts.{name}": layer
+        for layer_name, layer in model.moe_layers()
+        for name, _ in layer.experts.named_parameters()
+    }
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Parameters of the whole model over all ranks; allocates nothing."""
+    model = build_model(config, device="meta")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for _, layer in model.moe_layers():
+        num_experts = layer.dispatcher.num_experts
+        expert_size = sum(parameter.numel() for parameter in layer.experts.parameters()) // num_experts
+        idle += (num_experts - config.moe.router.top_k) * expert_size
+    return ParameterCounts(total, total - idle)
