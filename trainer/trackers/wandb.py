@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import wandb
 
@@ -30,7 +30,7 @@ def start(config: TrackerConfig, run_dir: Path, run_id: str, run_config: Mapping
             name=Path(run_dir).name,
             dir=run_dir,
             config=dict(run_config),
-            mode=config.mode,
+            mode=cast(Any, config.mode),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
         )
     except wandb.Error as error:
