@@ -5,8 +5,10 @@ every `__post_init__` then refuses an impossible value with a `ValueError` that 
 Imports no torch, so that `--help` answers at once.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from twohop.models.config import ModelConfig
 
@@ -38,14 +40,29 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(bound: float, group: str, config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value >= bound, f"{group}.{key}={value}: use {bound} or more")
+
+
+def _listed(value: Any, kind: type, key: str, wanted: str) -> list:
+    """A list of `kind` from null, one value or a list: what a person types for one thing or for many."""
+    items = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    right = all(isinstance(item, kind) and not isinstance(item, bool) for item in items)
+    _require(right, f"{key}={value}: use {wanted}")
+    return items
+
+
 @dataclass
 class CommConfig:
     """How tokens travel to their experts."""
 
     dispatcher: str = "dedup"  # flat | hierarchical | dedup
     ranks_per_node: int | None = None  # null: from torchrun; a number emulates nodes on one host
-    # One EP size for all MoE layers, one for each, or null: EP = min(experts, world) for each layer.
-    ep_size: list[int] = field(default_factory=list)  # [] = null
+    # One size for all MoE layers, or a list with one for each; null: the largest that divides a layer's experts and
+    # the world, which is min(experts, world) for powers of two. Always a list once validated, empty for null.
+    ep_size: Any = None
     init_timeout_s: float = 300.0
     timeout_s: float = 120.0  # deadline of every wait during training
 
@@ -57,8 +74,16 @@ class CommConfig:
             self.ranks_per_node is None or self.ranks_per_node >= 1,
             f"comm.ranks_per_node={self.ranks_per_node}: use a positive number, or null for torchrun's value",
         )
+        wanted = "null, a whole number of ranks, or a list with one for each MoE layer"
+        self.ep_size = _listed(self.ep_size, int, "comm.ep_size", wanted)
         for size in self.ep_size:
             _require(size >= 1, f"comm.ep_size={self.ep_size}: an expert-parallel size is at least 1")
+
+    def ep_sizes(self, experts_by_layer: list[int], world_size: int) -> list[int]:
+        """EP size of each MoE layer, given the layers' expert counts; `validate` has seen that they fit."""
+        if len(self.ep_size) == 1:
+            return self.ep_size * len(experts_by_layer)
+        return self.ep_size or [math.gcd(experts, world_size) for experts in experts_by_layer]
 
 
 @dataclass
@@ -69,17 +94,37 @@ class TokenizerConfig:
     vocab_size: int = 4096  # of a BPE that is trained
     file: str | None = None  # a tokenizer.json, for kind=file
 
+    def __post_init__(self) -> None:
+        if self.kind is TokenizerKind.file:
+            _require(self.file is not None, "data.tokenizer.file is not set: kind=file needs a tokenizer.json")
+        else:
+            _require(
+                self.file is None,
+                f"data.tokenizer.file={self.file} has no use with kind={self.kind.value}: add data.tokenizer.kind=file",
+            )
+
 
 @dataclass
 class DataConfig:
     """Where the text comes from. `source`: stdlib, text or tokens."""
 
     source: str = "stdlib"
-    files: list[str] = field(default_factory=list)  # text: files, folders or globs; tokens: a prepared folder
+    files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file)
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
+
+    def __post_init__(self) -> None:
+        self.files = _listed(self.files, str, "data.files", "a path, or a list of paths")
+        _require(
+            0 < self.valid_fraction < 1,
+            f"data.valid_fraction={self.valid_fraction}: use a value between 0 and 1, for example 0.05",
+        )
+        _require(
+            self.max_mib is None or self.max_mib > 0,
+            f"data.max_mib={self.max_mib}: use a positive number of MiB, or null for all text",
+        )
 
 
 @dataclass
@@ -102,6 +147,19 @@ class OptimConfig:
     expert_lr_scale: float = 1.0  # learning rate of experts ÷ learning rate of the rest
     clip_norm: float | None = 1.0  # global gradient norm; null: no clipping
 
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr={self.lr}: use a positive learning rate")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={self.betas}: use two values in [0, 1)",
+        )
+        _require(self.eps > 0, f"optim.eps={self.eps}: use a positive number")
+        _require_at_least(0, "optim", self, "weight_decay", "expert_lr_scale")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm={self.clip_norm}: use a positive norm, or null for no clipping",
+        )
+
 
 @dataclass
 class ScheduleConfig:
@@ -111,6 +169,12 @@ class ScheduleConfig:
     warmup_steps: int = 20
     decay_fraction: float = 0.2  # wsd: the last part of the run, which decays
     final_fraction: float = 0.1  # the learning rate at the end ÷ optim.lr
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, "schedule", self, "warmup_steps")
+        for key in ("decay_fraction", "final_fraction"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"schedule.{key}={value}: use a fraction between 0 and 1")
 
 
 @dataclass
@@ -122,6 +186,9 @@ class TrainConfig:
     global_batch: int = 16  # sequences a step
     micro_batch: int = 4  # sequences a rank pushes through the model at once
 
+    def __post_init__(self) -> None:
+        _require_at_least(1, "train", self, "steps", "seq_len", "global_batch", "micro_batch")
+
 
 @dataclass
 class EvalConfig:
@@ -129,6 +196,9 @@ class EvalConfig:
 
     every: int = 100  # steps; 0: only at the end
     batches: int = 8  # global batches an evaluation; 0: the whole validation split
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, "eval", self, "every", "batches")
 
 
 @dataclass
@@ -141,6 +211,14 @@ class GenerateConfig:
     top_k: int | None = 50
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self.prompt != "", "generate.prompt is empty: give the model at least one character to go on")
+        _require_at_least(0, "generate", self, "max_new_tokens", "temperature")
+        _require(
+            self.top_k is None or self.top_k >= 1,
+            f"generate.top_k={self.top_k}: use 1 or more, or null for every token",
+        )
+
 
 @dataclass
 class CheckpointConfig:
@@ -148,6 +226,10 @@ class CheckpointConfig:
 
     every: int = 100  # steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, "checkpoint", self, "every")
+        _require_at_least(1, "checkpoint", self, "keep")
 
 
 @dataclass
@@ -157,6 +239,13 @@ class LaunchConfig:
     nproc: int = 1
     omp_threads: int = 1  # OMP_NUM_THREADS of each worker
     port: int | None = None  # rendezvous port; null: a free one
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, "launch", self, "nproc", "omp_threads")
+        _require(
+            self.port is None or 1 <= self.port <= 65535,
+            f"launch.port={self.port}: use a port between 1 and 65535, or null for a free one",
+        )
 
 
 @dataclass
@@ -197,3 +286,11 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     resume: str | None = None  # null | auto | a run folder
     seed: int = 0
+
+
+@dataclass
+class PrepareConfig:
+    """Everything `twohop prepare` needs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    out: str | None = None  # the folder of token files to write; null: data.cache_dir, where training finds it

@@ -1,8 +1,8 @@
-"""Errors that are the user's to cure: shown as one line, without a traceback, with exit code 2."""
+"""What can go wrong, by who can cure it."""
 
 
 class UserError(Exception):
-    """Bad input. The message names the key or file, its value and the cure."""
+    """Bad input, shown as one line without a traceback, exit code 2. Names the key or file, its value and the cure."""
 
 
 class ConfigError(UserError):
@@ -15,3 +15,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
+
+
+class WorkerError(Exception):
+    """A worker process failed in a way that nobody foresaw: its rank, and its traceback if it left one."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback

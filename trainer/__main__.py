@@ -1,0 +1,10 @@
+"""`python -m twohop.trainer [command] [key=value …]`: the same as `twohop`, for torchrun. The default is train."""
+
+import sys
+
+from twohop.trainer.cli import run
+
+if __name__ == "__main__":
+    args = sys.argv[1:]
+    named = bool(args) and not args[0].startswith("-") and "=" not in args[0]
+    sys.exit(run(args if named else ["train", *args]))

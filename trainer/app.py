@@ -1,0 +1,147 @@
+"""A Hydra application for each command: compose the groups over the typed schema, validate, call the task.
+
+Hydra's own errors of several lines become one `ConfigError` with a suggestion. Hydra writes no files of its own
+except a sweep's folder; with --multirun, a job that fails is told about at the end and does not end the sweep.
+"""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twohop.trainer.cli import complain, suggest
+from twohop.trainer.errors import ConfigError, UserError, WorkerError
+from twohop.trainer.launch import joins_outer_launcher
+
+# (configuration, folder of this job of a sweep or None) -> the value that a sweeper may optimise
+Task = Callable[[Any, Path | None], float | None]
+
+
+@dataclass
+class Sweep:
+    """The jobs of a sweep: their overrides, their folder, and the error of those that failed."""
+
+    rows: list[tuple[str, Path, Exception | None]] = field(default_factory=list)
+
+    def finish(self) -> int:
+        """Print the table of jobs; the exit code is 1 if one failed."""
+        failed = sum(error is not None for _, _, error in self.rows)
+        print(f"\nsweep: {len(self.rows)} jobs, {failed} failed", flush=True)
+        for number, (overrides, folder, error) in enumerate(self.rows):
+            state = f"FAILED: {error}" if error else f"ok: {folder}"
+            print(f"  {number}  {overrides or '(no overrides)'}  {state}", flush=True)
+        return 1 if failed else 0
+
+
+def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
+    """Run `task` on the configuration that `configs/<command>.yaml` and `args` make; return the exit code.
+
+    Args:
+        command: also the name of the primary configuration.
+        schema: dataclass of the whole configuration; the task gets an instance of it.
+        args: Hydra's arguments: overrides, --multirun, --cfg job, --help, …
+        task: what to do with it.
+
+    Raises:
+        UserError: of the composition, or of the task when it is a single job.
+    """
+    ConfigStore.instance().store(name="schema", node=schema, provider="twohop")
+    sweep = Sweep()
+
+    def job(composed: DictConfig) -> float | None:
+        settings = HydraConfig.get()
+        if settings.mode is not RunMode.MULTIRUN:
+            return task(to_config(composed), None)
+        folder = Path(settings.runtime.output_dir)
+        overrides = " ".join(settings.overrides.task)
+        print(f"\nsweep: job {settings.job.num}  {overrides}", flush=True)
+        value, error = _shielded(lambda: task(to_config(composed), folder))
+        sweep.rows.append((overrides, folder, error))
+        return value
+
+    if joins_outer_launcher() and {"-m", "--multirun"} & set(args):
+        raise ConfigError("--multirun under torchrun would make every rank its own sweep: run it without torchrun")
+    _call_hydra(command, args, job, schema)
+    return sweep.finish() if sweep.rows else 0
+
+
+def _shielded(job: Callable[[], float | None]) -> tuple[float | None, Exception | None]:
+    """A job's value; or NaN, which every sweeper understands, and the error that ended it."""
+    try:
+        return job(), None
+    except (UserError, WorkerError) as error:
+        complain(error)
+        return math.nan, error
+
+
+def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any], schema: type) -> None:
+    application = hydra.main(version_base="1.3", config_path="pkg://twohop.configs", config_name=command)(job)
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"twohop {command}", *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors instead of printing them and leaving
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, schema)) from None
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def to_config(composed: DictConfig) -> Any:
+    """The composed configuration as its dataclass, interpolations resolved.
+
+    Raises:
+        ConfigError: a value is impossible; the message comes from the dataclass that refused it.
+    """
+    try:
+        return OmegaConf.to_object(composed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One line for what Hydra and OmegaConf say in several, with the known key that was probably meant."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+        full_key = re.search(r"full_key: (\S+)", text)
+        key = full_key.group(1) if full_key else found.group(1) or found.group(2)
+        return f"unknown key {key!r}{_suggest_key(key, schema)}; `--cfg job` lists all"
+    if found := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = found.group(1).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        listed = f"; use one of {', '.join(options)}" if options else ""
+        return f"{group}={option}: no such option{suggest(option, options)}{listed}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not re.match(r"full_key:|object_type=|reference_type=|See https", line))
+
+
+def _suggest_key(key: str, schema: type) -> str:
+    """The known key that looks most like `key`; a last part that is right, in the wrong place, counts more."""
+    known = list(_keys(OmegaConf.structured(schema)))
+    same_end = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return f", did you mean {same_end[0]!r}?" if same_end else suggest(key, known)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in node:
+        child = (
+            OmegaConf.select(node, str(key), throw_on_missing=False) if not OmegaConf.is_missing(node, key) else None
+        )
+        yield f"{prefix}{key}"
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{prefix}{key}.")

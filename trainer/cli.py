@@ -1,0 +1,75 @@
+"""The command line: `twohop <command> [key=value …]`.
+
+    twohop train model=pr_moe comm=dedup launch.nproc=4
+
+Knows the commands' names only, so that `twohop --help` imports neither torch nor Hydra.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from twohop.trainer.errors import UserError, WorkerError
+
+COMMANDS = {
+    "train": "train a model; starts its own worker processes, or joins torchrun's",
+    "evaluate": "validation loss and perplexity of a run: run=DIR",
+    "generate": "text from the model of a run: run=DIR generate.prompt='def '",
+    "prepare": "write memory-mapped token files: data=text data.files=book.txt out=DIR",
+    "report": "write report.html of a run: run=DIR",
+}
+
+USAGE = f"""\
+twohop trains Mixture-of-Experts models; a token reaches its experts in at most two hops.
+
+usage: twohop <command> [key=value ...]
+
+{chr(10).join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())}
+
+start here:
+  twohop train experiment=quickstart                  PR-MoE on real text, 4 processes on this machine
+  twohop train --help                                 groups, keys and useful overrides
+  twohop train --cfg job                              the composed configuration, without a run
+  twohop train --multirun model=moe,pr_moe comm=flat,dedup
+  torchrun --nproc-per-node 4 -m twohop.trainer model=pr_moe comm=dedup
+"""
+
+
+def run(args: list[str]) -> int:
+    """Run one command line (without the program's name) and return the exit code; errors go to stderr."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    command, *rest = args
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"no command {command!r}{suggest(command, COMMANDS)}; `twohop --help` lists them")
+        main: Callable[[list[str]], int] = import_module(f"twohop.trainer.commands.{command}").main
+        return main(rest)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank sees the same command line
+            complain(error)
+        return 2
+    except WorkerError as error:
+        complain(error)
+        return 1
+
+
+def complain(error: Exception) -> None:
+    """One line on stderr, after the traceback of the worker that failed, if there is one."""
+    if isinstance(error, WorkerError) and error.traceback:
+        print(error.traceback.rstrip(), file=sys.stderr)
+    print(f"twohop: error: {error}", file=sys.stderr, flush=True)
+
+
+def suggest(word: str, known: "list[str] | dict[str, str]") -> str:
+    """A remark like `, did you mean 'train'?`, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def main() -> None:
+    """Console script `twohop`."""
+    sys.exit(run(sys.argv[1:]))

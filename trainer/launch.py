@@ -1,0 +1,193 @@
+"""Worker processes: start them on this machine through torch's elastic agent, or join those of torchrun.
+
+A worker is named as `"module:function"`, so that only the workers import it. It is called on every rank as
+`worker(config, run_dir)`, with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, …) set, and makes
+its own process group. What rank 0 returns, a small dict, comes back to the caller.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from twohop.trainer import errors
+from twohop.trainer.config import Config, LaunchConfig
+from twohop.trainer.errors import ConfigError, UserError, WorkerError
+
+HOST = "127.0.0.1"
+SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, for workers that do not end by themselves
+# glibc gives large blocks back to the kernel and faults them in again at every step; keeping them makes expert
+# layers about a quarter faster on the CPU. A value that the user has set wins.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+
+
+def joins_outer_launcher() -> bool:
+    """Whether torchrun or a cluster's launcher has started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
+def world_size(config: LaunchConfig) -> int:
+    """Number of ranks that will work: the outer launcher's, or `launch.nproc`."""
+    return int(os.environ["WORLD_SIZE"]) if joins_outer_launcher() else config.nproc
+
+
+def start(worker: str, config: Config, run_dir: Path | None) -> dict[str, Any]:
+    """Run `worker` on all ranks and return rank 0's result; under an outer launcher, this rank's own result.
+
+    Args:
+        worker: `"module:function"`.
+        config: validated; it travels to the workers as it is.
+        run_dir: decided by the caller; None under an outer launcher, where rank 0 decides and broadcasts.
+
+    Raises:
+        UserError: bad input that the first failing rank has seen; its class and message are kept.
+        WorkerError: anything else that ended a worker, with the rank and one traceback.
+        SystemExit: SIGINT or SIGTERM; every worker has ended by then.
+    """
+    if joins_outer_launcher():
+        return _join(worker, config, run_dir)
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    with _signal_handlers_kept(), _environment(config.launch), TemporaryDirectory(prefix="twohop-") as failures:
+        try:
+            agent = elastic_launch(_agent_config(config.launch), _work)
+            return agent(worker, config, run_dir, failures)[0]
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise _first_cause(Path(failures), rank, failure.exitcode) from None
+        except SignalException as stop:
+            print(f"twohop: stopped by {stop.sigval.name}", file=sys.stderr)
+            raise SystemExit(128 + stop.sigval) from None
+
+
+def check_port(port: int | None) -> None:
+    """Raise a ConfigError if the rendezvous port is taken: the agent would wait for an answer on it instead."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the agent's own server does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"launch.port={port} cannot be used ({error.strerror}): choose another, or null for a free one"
+            ) from None
+
+
+def _agent_config(config: LaunchConfig) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig as AgentConfig
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its errors are told by _first_cause
+    return AgentConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.nproc,
+        run_id="twohop",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{HOST}:{config.port or 0}",
+        rdzv_configs={"is_host": True},
+        local_addr=HOST,
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+
+
+@contextmanager
+def _environment(config: LaunchConfig) -> Iterator[None]:
+    """What workers inherit and read while they start, before any code of ours runs in them."""
+    before = dict(os.environ)
+    os.environ.update({**ALLOCATOR, **before, "OMP_NUM_THREADS": str(config.omp_threads)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """The agent installs handlers and leaves them; between the jobs of a sweep the usual ones are wanted."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _work(worker: str, config: Config, run_dir: Path | None, failures: str) -> dict[str, Any]:
+    """Body of a worker process. A failure is written down for the parent, which alone speaks to the terminal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # end at once and silently: the parent says why
+    try:
+        return _resolve(worker)(config, run_dir)
+    except Exception as error:
+        rank = os.environ["RANK"]
+        record = {
+            "time": time.time(),
+            "rank": int(rank),
+            "kind": type(error).__name__,
+            "message": str(error),
+            "is_user_error": isinstance(error, UserError),
+            "traceback": traceback.format_exc(),
+        }
+        Path(failures, f"{rank}.json").write_text(json.dumps(record))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # peers must notice now; an orderly exit may wait for them
+
+
+def _join(worker: str, config: Config, run_dir: Path | None) -> dict[str, Any]:
+    """Be one rank of an outer launcher, which shows the traceback of the first rank that fails."""
+    try:
+        return _resolve(worker)(config, run_dir)
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            raise
+        raise WorkerError(f"rank {os.environ['RANK']}: {error}") from None
+    except Exception as error:
+        text = traceback.format_exc()
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+            text = ""
+        raise WorkerError(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}", text) from None
+
+
+def _resolve(worker: str) -> Any:
+    module, _, function = worker.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _first_cause(failures: Path, rank: int, exitcode: int) -> Exception:
+    """What to tell about a failed job: bad input, or else a death by signal, or else the earliest exception.
+
+    One rank's failure makes the others lose their connections, often before the agent looks: so the agent's choice
+    (rank, exitcode) counts only where no worker has written anything down that explains it.
+    """
+    records = sorted((json.loads(path.read_text()) for path in failures.glob("*.json")), key=lambda r: r["time"])
+    for record in records:
+        if record["is_user_error"]:
+            return getattr(errors, record["kind"], UserError)(record["message"])
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return WorkerError(f"rank {rank} was ended by {name}{hint}")
+    if records:
+        first = records[0]
+        return WorkerError(f"rank {first['rank']} failed: {first['kind']}: {first['message']}", first["traceback"])
+    return WorkerError(f"rank {rank} ended with exit code {exitcode}")

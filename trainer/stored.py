@@ -1,0 +1,49 @@
+"""Commands on a run that exists: `run=DIR` names its folder, and its config.yaml is what overrides are laid over."""
+
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from twohop.trainer.app import run_app
+from twohop.trainer.config import Config
+from twohop.trainer.errors import ConfigError
+from twohop.trainer.launch import start, world_size
+from twohop.trainer.run_folder import read_config
+from twohop.trainer.validate import validate
+
+WITHOUT_RUN = ("-h", "--help", "--hydra-help", "--version")
+
+
+def run_stored(command: str, args: list[str], worker: str) -> int:
+    """Run `worker` on a stored run's configuration; return the exit code.
+
+    Args:
+        command: also the primary configuration, configs/<command>.yaml, which includes `stored_run`.
+        args: with `run=DIR` among Hydra's arguments.
+        worker: `"module:function"`, called on every rank as `worker(config, run_dir)`.
+    """
+    helping = any(arg in WITHOUT_RUN for arg in args)
+    run_dir, overrides = (Path(), args) if helping else take_run(command, args)
+    stored = {} if helping else read_config(run_dir)
+    ConfigStore.instance().store(name="stored_run", node=stored, provider="twohop")
+
+    def task(config: Config, sweep_dir: Path | None) -> float | None:
+        validate(config, world_size(config.launch))
+        return start(worker, config, run_dir).get("valid_loss")
+
+    return run_app(command, Config, overrides, task)
+
+
+def take_run(command: str, args: list[str]) -> tuple[Path, list[str]]:
+    """The folder of `run=DIR`, and the other arguments.
+
+    Raises:
+        ConfigError: no folder is named, or it does not exist.
+    """
+    named = [arg.removeprefix("run=") for arg in args if arg.startswith("run=")]
+    if len(named) != 1 or not named[0]:
+        raise ConfigError(f"twohop {command} needs one run folder: twohop {command} run=DIR")
+    run_dir = Path(named[0]).expanduser()
+    if not run_dir.is_dir():
+        raise ConfigError(f"run={named[0]}: no such folder; name one that `twohop train` has made")
+    return run_dir, [arg for arg in args if not arg.startswith("run=")]

@@ -1,0 +1,106 @@
+"""Checks between config groups, made before any worker starts; each names key, value and cure.
+
+What one group can know by itself is checked in its `__post_init__`.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from twohop.comm.dispatcher import ROUTES
+from twohop.models.routers import ROUTERS, build_router
+from twohop.trainer.cli import suggest
+from twohop.trainer.config import Config, DataConfig
+from twohop.trainer.data.build import CORPORA
+from twohop.trainer.engines import ENGINES
+from twohop.trainer.errors import ConfigError
+from twohop.trainer.launch import check_port, joins_outer_launcher
+from twohop.trainer.optim import OPTIMIZERS
+from twohop.trainer.trackers import TRACKERS
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raise a ConfigError unless `config` can run on `world_size` ranks, on this machine if it starts them itself."""
+    _check_name("comm.dispatcher", config.comm.dispatcher, ROUTES)
+    _check_name("engine.name", config.engine.name, ENGINES)
+    _check_name("optim.name", config.optim.name, OPTIMIZERS)
+    _check_name("tracker.name", config.tracker.name, TRACKERS)
+    _check_router(config)
+    check_data(config.data)
+    _check_lengths(config, world_size)
+    _check_layout(config, world_size)
+    if not joins_outer_launcher():
+        check_port(config.launch.port)
+
+
+def check_data(config: DataConfig) -> None:
+    """Raise a ConfigError unless source and files fit together."""
+    _check_name("data.source", config.source, [*CORPORA, "tokens"])
+    if config.source == "stdlib" and config.files:
+        raise ConfigError(f"data.files={config.files} has no use with data=stdlib: add data=text or data=tokens")
+    if config.source != "stdlib" and not config.files:
+        wanted = "a file, folder or glob" if config.source == "text" else "the folder that `twohop prepare` has written"
+        raise ConfigError(f"data.files is not set: data={config.source} needs {wanted}, as in data.files=PATH")
+
+
+def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+    names = list(known)
+    if name not in names:
+        raise ConfigError(f"{key}={name}: unknown{suggest(name, names)}; use one of {', '.join(names)}")
+
+
+def _check_router(config: Config) -> None:
+    router = config.model.moe.router
+    _check_name("model.moe.router.name", router.name, ROUTERS)
+    try:
+        with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
+            for experts in set(config.model.experts_by_block) - {0}:
+                build_router(router, config.model.dim, experts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_lengths(config: Config, world_size: int) -> None:
+    train, model = config.train, config.model
+    if train.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
+            "lower the one or raise the other"
+        )
+    at_once = train.micro_batch * world_size
+    if train.global_batch % at_once:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} times "
+            f"{world_size} ranks: use {at_once * max(1, train.global_batch // at_once)}, or a smaller micro_batch"
+        )
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    comm = config.comm
+    if comm.ranks_per_node is not None and world_size % comm.ranks_per_node:
+        raise ConfigError(
+            f"comm.ranks_per_node={comm.ranks_per_node} does not divide the {world_size} ranks of this run: "
+            f"use one of {_divisors(world_size)}, or change launch.nproc"
+        )
+    experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
+    if len(comm.ep_size) not in (0, 1, len(experts_by_layer)):
+        raise ConfigError(
+            f"comm.ep_size={comm.ep_size} lists {len(comm.ep_size)} layers, but the model has "
+            f"{len(experts_by_layer)} MoE layers: list one size for each, one for all, or use null"
+        )
+    for size in comm.ep_size:
+        if world_size % size:
+            raise ConfigError(
+                f"comm.ep_size={size} does not divide the {world_size} ranks of this run: "
+                f"use one of {_divisors(world_size)}, or change launch.nproc"
+            )
+    for size, experts in zip(comm.ep_sizes(experts_by_layer, world_size), experts_by_layer, strict=True):
+        if experts % size:
+            raise ConfigError(
+                f"{experts} experts of a layer (model.moe.experts={config.model.moe.experts}) cannot be shared evenly "
+                f"by comm.ep_size={size}: use a multiple of {size} experts, or ep_size=null"
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
