@@ -88,7 +88,8 @@ def _check(rows: torch.Tensor, send_counts: torch.Tensor, topology: Topology) ->
     where = f"rank {topology.rank}: all_to_all"
     if send_counts.shape != (topology.ep_size,) or send_counts.dtype != torch.int64:
         raise ValueError(
-            f"{where}: send_counts must be int64 [{topology.ep_size}], got {send_counts.dtype} {list(send_counts.shape)}"
+            f"{where}: send_counts must be int64 [{topology.ep_size}], "
+            f"got {send_counts.dtype} {list(send_counts.shape)}"
         )
     if bool((send_counts < 0).any()) or int(send_counts.sum()) != len(rows):
         raise ValueError(f"{where}: send_counts {send_counts.tolist()} do not add up to the {len(rows)} rows")
@@ -98,7 +99,7 @@ def _make_way(
     send_counts: torch.Tensor, block: Sequence[int], hops: Sequence[tuple[list[int], Channel]]
 ) -> tuple[_Way, torch.Tensor]:
     """Exchange the counts hop by hop; an exchange along an axis turns its destinations into sources."""
-    counts = send_counts.view(*block)  # rows of each block, by destination and, once exchanged, by source
+    counts = send_counts.view(list(block))  # rows of each block, by destination and, once exchanged, by source
     standing = list(range(len(block)))  # how blocks stand: the first dimension varies slowest
     steps = []
     for axes, channel in hops:

@@ -44,6 +44,7 @@ class Grid:
 
     @property
     def experts_per_rank(self) -> int:
+        """Experts on each rank of the group."""
         return self.num_experts // math.prod(self.block)
 
     def subtree(self, expert_n: torch.Tensor, axis: int) -> torch.Tensor:
@@ -129,7 +130,9 @@ def make_plan(
 
     steps, assignments, num_rows = [], own, len(expert_ids_NK)
     for i, hop in enumerate(hops):
-        spread, order_n, code_n = _spread(assignments, num_rows, hop, grid, counts.children[i])
+        # Only the first hop can spread on several levels, and there the rows are this rank's own.
+        children = [*(counts.own_rows[level] for level in hop.spread[:-1]), sum(counts.splits[i][0])]
+        spread, order_n, code_n = _spread(assignments, num_rows, hop, grid, children)
         step = Step(hop.channel, spread, order_n, *counts.splits[i])
         assignments = _move(code_n, assignments.weight_n.index_select(0, order_n), step)
         num_rows = sum(step.recv_rows)
@@ -196,7 +199,7 @@ class Counts:
     """Everything about sizes that a rank must know, as host integers."""
 
     own: int  # assignments of this rank's tokens
-    children: list[list[int]]  # for each hop, rows after the spread on each of its levels
+    own_rows: list[int]  # for each level, (token, subtree) pairs of this rank's tokens
     splits: list[list[list[int]]]  # for each hop: rows sent, rows received, assignments sent, assignments received
     per_expert: list[int]
     home_n: torch.Tensor  # home rank of each assignment that arrives, in order of arrival
@@ -221,14 +224,13 @@ def _walk_counts(counts: torch.Tensor, grid: Grid, hops: Sequence[Hop], task: st
     wanted += [counts[..., :experts].sum(dim=dims) if dims else counts, per_home.sum()]
 
     own, *rest = _to_host(wanted)
-    children, rest = [part[0] for part in rest[: len(dims)]], rest[len(dims) :]
-    per_hop = [rest[5 * i : 5 * i + 5] for i in range(len(hops))]
+    per_hop = [rest[len(dims) + 5 * i : len(dims) + 5 * i + 5] for i in range(len(hops))]
     for hop, (*_, marks_seen) in zip(hops, per_hop, strict=True):
         _check_marks(marks_seen, hop.channel, task)
     home = torch.arange(math.prod(grid.block), device=counts.device).view(grid.block).permute(arrival).reshape(-1)
     return Counts(
         own=own[0],
-        children=[[children[axis] for axis in hop.spread] for hop in hops],
+        own_rows=[part[0] for part in rest[: len(dims)]],
         splits=[part[:4] for part in per_hop],
         per_expert=rest[-2],
         home_n=home.repeat_interleave(per_home, output_size=rest[-1][0]),
@@ -283,8 +285,8 @@ def _spread(
     row_n, expert_n = assignments.row_n, assignments.expert_n
     gather_C = torch.arange(num_rows, device=row_n.device)
     bags: list[Bag] = []
-    for axis, num_children in zip(hop.spread, children, strict=True):
-        child_n = _opens(row_n, grid.subtree(expert_n, axis)).cumsum(0) - 1
+    for level, num_children in zip(hop.spread, children, strict=bool(hop.spread)):
+        child_n = _opens(row_n, grid.subtree(expert_n, level)).cumsum(0) - 1
         # Every assignment of a child writes the same row, so the scatter is deterministic.
         parent_C = row_n.new_empty(num_children).scatter_(0, child_n, row_n)
         bags.insert(0, Bag.from_parents(parent_C, torch.arange(num_children, device=row_n.device), num_rows))
