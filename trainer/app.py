@@ -16,7 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,33 +57,39 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
     Raises:
         UserError: of the composition, or of the task when it is a single job.
     """
-    ConfigStore.instance().store(name="schema", node=schema, provider="twohop")
+    if joins_outer_launcher() and {"-m", "--multirun"} & set(args):
+        raise ConfigError("--multirun under torchrun would make every rank its own sweep: run it without torchrun")
     sweep = Sweep()
+    refusals: list[Exception] = []  # of a single job; taken past Hydra, which would announce it in words of its own
 
     def job(composed: DictConfig) -> float | None:
         settings = HydraConfig.get()
         if settings.mode is not RunMode.MULTIRUN:
-            return task(to_config(composed), None)
+            return _shielded(lambda: task(to_config(composed, schema), None), refusals.append)
         folder = Path(settings.runtime.output_dir)
         overrides = " ".join(settings.overrides.task)
         print(f"\nsweep: job {settings.job.num}  {overrides}", flush=True)
-        value, error = _shielded(lambda: task(to_config(composed), folder))
-        sweep.rows.append((overrides, folder, error))
+        errors: list[Exception] = []
+        value = _shielded(lambda: task(to_config(composed, schema), folder), errors.append)
+        for error in errors:
+            complain(error)
+        sweep.rows.append((overrides, folder, errors[0] if errors else None))
         return value
 
-    if joins_outer_launcher() and {"-m", "--multirun"} & set(args):
-        raise ConfigError("--multirun under torchrun would make every rank its own sweep: run it without torchrun")
+    ConfigStore.instance().store(name="schema", node=schema, provider="twohop")
     _call_hydra(command, args, job, schema)
+    if refusals:
+        raise refusals[0]
     return sweep.finish() if sweep.rows else 0
 
 
-def _shielded(job: Callable[[], float | None]) -> tuple[float | None, Exception | None]:
-    """A job's value; or NaN, which every sweeper understands, and the error that ended it."""
+def _shielded(job: Callable[[], float | None], fail: Callable[[Exception], None]) -> float | None:
+    """A job's value; or NaN, which every sweeper understands, after `fail` got the error that ended it."""
     try:
-        return job(), None
+        return job()
     except (UserError, WorkerError) as error:
-        complain(error)
-        return math.nan, error
+        fail(error)
+        return math.nan
 
 
 def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any], schema: type) -> None:
@@ -102,22 +108,24 @@ def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any],
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def to_config(composed: DictConfig) -> Any:
+def to_config(composed: DictConfig, schema: type) -> Any:
     """The composed configuration as its dataclass, interpolations resolved.
 
     Raises:
-        ConfigError: a value is impossible; the message comes from the dataclass that refused it.
+        ConfigError: a key that nothing reads, or a value that its dataclass refuses.
     """
+    for key in set(_keys(composed)) - set(_keys(OmegaConf.structured(schema))):
+        raise ConfigError(f"unknown key {key!r}{_suggest_key(key, schema)}; `--cfg job` lists all")
     try:
         return OmegaConf.to_object(composed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
 
 
 def explain(error: Exception, schema: type) -> str:
     """One line for what Hydra and OmegaConf say in several, with the known key that was probably meant."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text):
         full_key = re.search(r"full_key: (\S+)", text)
         key = full_key.group(1) if full_key else found.group(1) or found.group(2)
         return f"unknown key {key!r}{_suggest_key(key, schema)}; `--cfg job` lists all"
@@ -126,8 +134,13 @@ def explain(error: Exception, schema: type) -> str:
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         listed = f"; use one of {', '.join(options)}" if options else ""
         return f"{group}={option}: no such option{suggest(option, options)}{listed}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not re.match(r"full_key:|object_type=|reference_type=|See https", line))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"
+    lines = [line.strip() for line in text.splitlines()]
+    wanted = [
+        line for line in lines if line and not re.match(r"full_key:|object_type=|reference_type=|See https", line)
+    ]
+    return ": ".join(wanted)
 
 
 def _suggest_key(key: str, schema: type) -> str:
@@ -139,9 +152,7 @@ def _suggest_key(key: str, schema: type) -> str:
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:
     for key in node:
-        child = (
-            OmegaConf.select(node, str(key), throw_on_missing=False) if not OmegaConf.is_missing(node, key) else None
-        )
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key!s}"
+        child = node._get_node(key)
         if isinstance(child, DictConfig):
-            yield from _keys(child, f"{prefix}{key}.")
+            yield from _keys(child, f"{prefix}{key!s}.")

@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def open_run(config: Config) -> Path:
-    """Decide the folder of a run, make it if it is new, and set `config.resume` to the folder that is continued, or null.
+    """Decide the folder of a run, make it if it is new, and set `config.resume` to the folder it continues, or null.
 
     One process of the run calls this. A new folder gets its config.yaml here, a continued one after its checkpoint
     has been loaded (`write_config`): a run that turns out to be of another model must not lose its own.

@@ -27,8 +27,8 @@ def validate(config: Config, world_size: int) -> None:
     _check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
     check_data(config.data)
-    _check_lengths(config, world_size)
     _check_layout(config, world_size)
+    _check_lengths(config, world_size)
     if not joins_outer_launcher():
         check_port(config.launch.port)
 

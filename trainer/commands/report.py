@@ -1,7 +1,5 @@
 """`twohop report run=DIR`: write report.html of a run, also while it is training."""
 
-from pathlib import Path
-
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.report import write_report
 from twohop.trainer.stored import take_run
