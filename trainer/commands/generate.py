@@ -4,7 +4,7 @@ import re
 
 from twohop.trainer.stored import run_stored
 
-WORKER = "twohop.trainer.evaluate:generate_text"
+WORKER = "twohop.trainer.workers:generate"
 PROMPT = "generate.prompt="
 
 

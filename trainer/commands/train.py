@@ -9,7 +9,7 @@ from twohop.trainer.launch import joins_outer_launcher, start, world_size
 from twohop.trainer.run_folder import open_run
 from twohop.trainer.validate import validate
 
-WORKER = "twohop.trainer.setup:train"
+WORKER = "twohop.trainer.workers:train"
 
 
 def main(args: list[str]) -> int:
