@@ -1,0 +1,56 @@
+"""Engines: what parallelism does to parameters, gradients and updates. Found by name in `ENGINES`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor
+
+from twohop.models import Transformer
+from twohop.trainer.config import Config
+from twohop.trainer.engines.ddp import DdpEngine
+from twohop.trainer.errors import ConfigError
+
+
+class Engine(Protocol):
+    """Owns the optimizer and everything that ranks do together between a loss and the updated weights.
+
+    All gradient reductions are sums: the caller's loss is already divided by the global number of tokens. So loss,
+    gradient norm, clipping and updated weights are those of one process that sees the whole global batch.
+    """
+
+    model: Transformer
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision in which forward passes run."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch. Every rank of the world must call this equally often."""
+        ...
+
+    def step(self, lr_factor: float) -> float:
+        """Reduce, clip, update with learning rate peak · lr_factor, and drop the gradients. Collective over the world.
+
+        Returns the true global gradient norm before clipping, the same bits on every rank. If it is not finite
+        the weights stay as they were.
+        """
+        ...
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The parameters as tensors by name, sharded ones as DTensors; loading writes into them."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's state in the same form."""
+        ...
+
+
+ENGINES: dict[str, Callable[[Transformer, Config], Engine]] = {"ddp": DdpEngine}
+
+
+def build_engine(model: Transformer, config: Config) -> Engine:
+    """The engine `config.engine.name` around `model`. Every rank of the world must call this."""
+    if config.engine.name not in ENGINES:
+        raise ConfigError(f"engine.name={config.engine.name} is unknown: use one of {sorted(ENGINES)}")
+    return ENGINES[config.engine.name](model, config)

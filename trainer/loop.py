@@ -1,0 +1,98 @@
+"""The training loop.
+
+A step takes `global_batch` sequences, cut into micro-batches whose content depends on the seed and the step alone.
+Rank r of W takes the micro-batches r, r + W, …; the loss is a sum over all of them divided by the global number of
+tokens, and gradients are summed over ranks. So a step means the same on any number of ranks.
+
+Shapes: B sequences, T positions, T1 = T + 1, V vocabulary.
+"""
+
+import hashlib
+import math
+import time
+from typing import Any
+
+import torch
+
+from twohop.trainer.data import micro_batch
+from twohop.trainer.errors import UserError
+from twohop.trainer.evaluate import cross_entropy_sum, evaluate, perplexity
+from twohop.trainer.metrics import MetricsWriter
+from twohop.trainer.progress import Progress
+from twohop.trainer.schedule import lr_factor
+from twohop.trainer.setup import Run
+from twohop.trainer.totals import StepTotals, traffic_of_world
+from twohop.trainer.world import rank, world_size
+
+
+def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | None, progress: Progress) -> float:
+    """Train from `first_step` to the end, with evaluations and checkpoints on the way and at the end.
+
+    Every rank must call this; rank 0 alone has a `writer`. Returns the final validation loss.
+
+    Raises:
+        UserError: loss or gradient became infinite or NaN.
+        CheckpointError: a checkpoint cannot be written.
+        CommError: a rank died or did not answer within comm.timeout_s.
+    """
+    config, steps = run.config, run.config.train.steps
+    valid_loss = evaluate(run) if first_step >= steps else math.nan
+    for step in range(first_step, steps):
+        record = train_step(run, step)
+        done = step + 1
+        progress.update(done, record["loss"], record["tokens_per_s"])
+        if writer is not None:
+            writer.log(done, record)
+        if _is_due(done, config.eval.every, steps):
+            valid_loss = evaluate(run)
+            if writer is not None:
+                writer.log(done, {"valid_loss": valid_loss, "valid_perplexity": perplexity(valid_loss)}, kind="eval")
+        if _is_due(done, config.checkpoint.every, steps):
+            run.checkpoints.save(done, run.state(), run.identity(), tracker_id)
+    return valid_loss
+
+
+def train_step(run: Run, step: int) -> dict[str, Any]:
+    """One step of the whole world; returns its record for metrics.jsonl, the same on all ranks but for the time."""
+    started = time.perf_counter()
+    config, micro_size = run.config, run.config.train.micro_batch
+    micro_batches = config.train.global_batch // micro_size
+    global_tokens = config.train.global_batch * config.train.seq_len
+    run.model.train()
+    run.meter.reset()
+    totals = StepTotals([name for name, _ in run.model.moe_layers()])
+    for index in range(rank(), micro_batches, world_size()):
+        number = step * micro_batches + index  # of this micro-batch in the whole training
+        seed_noise(config.seed, number)
+        ids_BT1 = micro_batch(run.data.train, config.seed, number * micro_size, micro_size).to(run.device)
+        with run.engine.autocast():
+            output = run.model(ids_BT1[:, :-1])
+        cross_entropy = cross_entropy_sum(output.logits_BTV, ids_BT1[:, 1:])
+        # A router's loss is a mean over the micro-batch: times its tokens, it adds up over micro-batches as well.
+        router_losses = [loss for stats in output.moe for loss in stats.losses.values()]
+        aux_loss = sum(router_losses, torch.zeros_like(cross_entropy)) * micro_size * config.train.seq_len
+        run.engine.backward((cross_entropy + aux_loss) / global_tokens)
+        totals.add(cross_entropy, aux_loss, output.moe)
+
+    factor = lr_factor(step, config.train.steps, config.schedule)
+    grad_norm = run.engine.step(factor)
+    record = totals.reduce(global_tokens)
+    if not math.isfinite(record["loss"] + grad_norm):
+        raise UserError(
+            f"step {step + 1}: the loss is {record['loss']} and the gradient norm {grad_norm}: "
+            f"lower optim.lr={config.optim.lr}, or raise schedule.warmup_steps={config.schedule.warmup_steps}"
+        )
+    record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "tokens": (step + 1) * global_tokens}
+    record |= {"traffic": traffic_of_world(run.meter)}
+    seconds = time.perf_counter() - started
+    return record | {"step_s": seconds, "tokens_per_s": global_tokens / seconds}
+
+
+def _is_due(done: int, every: int, total: int) -> bool:
+    return done == total or (every > 0 and done % every == 0)
+
+
+def seed_noise(seed: int, number: int) -> None:
+    """Seed torch for one micro-batch, so that random noise depends neither on the world size nor on interruptions."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

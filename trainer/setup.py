@@ -1,0 +1,114 @@
+"""From a `Config` to everything that a worker needs: topology, data, model, engine."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from twohop.comm import TokenDispatcher, Topology, TrafficMeter, build_dispatcher
+from twohop.models import Transformer, build_model, parameter_counts
+from twohop.trainer.checkpoint import CheckpointStore
+from twohop.trainer.config import Config
+from twohop.trainer.data import Data, build_data
+from twohop.trainer.engines import Engine, build_engine
+from twohop.trainer.errors import ConfigError
+from twohop.trainer.run_folder import CHECKPOINTS
+from twohop.trainer.world import leader_first, say
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as one rank sees it."""
+
+    config: Config  # with model.vocab_size filled in
+    directory: Path
+    device: torch.device
+    topology: Topology
+    data: Data
+    engine: Engine
+    checkpoints: CheckpointStore
+    meter: TrafficMeter  # what this rank's MoE layers send
+
+    @property
+    def model(self) -> Transformer:
+        """The model, as the engine has prepared it."""
+        return self.engine.model
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by name."""
+        return self.engine.model_state() | self.engine.optimizer_state()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal in every run that continues this one: {key: value}."""
+        return {
+            **model_identity(self.config),
+            "seed": self.config.seed,
+            "data.fingerprint": self.data.fingerprint,
+            "train.seq_len": self.config.train.seq_len,
+            "train.global_batch": self.config.train.global_batch,
+        }
+
+    def describe(self) -> str:
+        """One line: the model, where it runs, and how its experts are spread."""
+        total, active = parameter_counts(self.config.model)
+        ep_sizes = [str(layer.dispatcher.topology.ep_size) for _, layer in self.model.moe_layers()]
+        experts = f", experts by {self.config.comm.dispatcher} over EP {'/'.join(ep_sizes)}" if ep_sizes else ""
+        nodes = f"{self.topology.num_nodes} nodes × {self.topology.ranks_per_node} ranks"
+        return (
+            f"{self.config.model.name}: {total:,} parameters, {active:,} used by a token; "
+            f"{nodes} on {self.device.type}{experts}"
+        )
+
+
+def set_up(config: Config, directory: Path, device: torch.device) -> Run:
+    """Build everything but the weights' values. Every rank of the world must call this, after `join_world`.
+
+    Raises:
+        ConfigError: the model cannot be built, or its vocabulary is smaller than the tokenizer's.
+        DataError: the data cannot be read.
+    """
+    data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
+    config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config, data)))
+    meter = TrafficMeter()
+    topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
+    experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
+    ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
+
+    def make_dispatcher(layer: int, num_experts: int) -> TokenDispatcher:
+        return build_dispatcher(
+            config.comm.dispatcher,
+            topology.with_ep(ep_sizes[layer]),
+            num_experts,
+            label=f"MoE layer {layer}",
+            meter=meter,
+        )
+
+    model = build_model(config.model, make_dispatcher, device)
+    checkpoints = CheckpointStore(directory / CHECKPOINTS, config.checkpoint.keep, say)
+    engine = build_engine(model, config)
+    return Run(config, directory, device, topology, data, engine, checkpoints, meter)
+
+
+def model_identity(config: Config) -> dict[str, Any]:
+    """Every key of the model's configuration as {"model.moe.every": 2, …}."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config.model), enum_to_str=True)
+    return dict(_flat("model", plain))
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}", inner)]
+
+
+def _vocab_size(config: Config, data: Data) -> int:
+    wanted = data.tokenizer.vocab_size
+    size = config.model.vocab_size or wanted
+    if size < wanted:
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the tokenizer's vocabulary of {wanted}: raise it, or use null"
+        )
+    return size

@@ -1,0 +1,47 @@
+"""Model and optimizer as named tensors, the form in which checkpoints hold them.
+
+A parameter of experts, of which every rank has a share, becomes one DTensor [E, ...] here and only here: that is
+what lets a checkpoint be read by any other number of ranks or EP size.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from twohop.comm import Topology
+from twohop.models import Transformer, expert_parameters
+from twohop.trainer.optim import materialize_state
+
+
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
+    """All parameters as "model.NAME"; an expert parameter is one DTensor [E, ...] over its layer's ("edp", "ep") mesh.
+
+    The tensors share memory with the model.
+    """
+    experts = expert_parameters(model)
+    return {
+        f"model.{name}": _global_tensor(
+            parameter.detach(), experts[name].dispatcher.topology if name in experts else None
+        )
+        for name, parameter in model.named_parameters()
+    }
+
+
+def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of every parameter as "optim.NAME.KEY", moments of experts sharded as the experts are."""
+    materialize_state(optimizer)
+    experts = expert_parameters(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            sharded = name in experts and value.shape == parameter.shape  # the step count is a scalar
+            tensors[f"optim.{name}.{key}"] = _global_tensor(
+                value, experts[name].dispatcher.topology if sharded else None
+            )
+    return tensors
+
+
+def _global_tensor(local: Tensor, topology: Topology | None) -> Tensor:
+    if topology is None or topology.mesh is None:
+        return local
+    return DTensor.from_local(local, topology.mesh, [Replicate(), Shard(0)], run_check=False)

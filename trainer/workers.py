@@ -1,0 +1,159 @@
+"""What a worker process does for a command, from joining the world to leaving it. `twohop.trainer.launch` calls these.
+
+Every rank calls the function with the same configuration. `directory` is the run folder; None under an outer
+launcher, where rank 0 decides it for all.
+"""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from twohop.models import init_weights
+from twohop.trainer.checkpoint import load_tensors
+from twohop.trainer.config import Config
+from twohop.trainer.data import unigram_entropy
+from twohop.trainer.errors import CheckpointError, UserError
+from twohop.trainer.evaluate import evaluate as evaluate_model
+from twohop.trainer.evaluate import perplexity
+from twohop.trainer.generate import fit_to_context, generate_text
+from twohop.trainer.loop import train as train_model
+from twohop.trainer.metrics import MetricsWriter, read_metrics, write_summary
+from twohop.trainer.plots import format_bytes
+from twohop.trainer.progress import Progress
+from twohop.trainer.report import write_report
+from twohop.trainer.run_folder import open_run
+from twohop.trainer.setup import Run, model_identity, set_up
+from twohop.trainer.totals import add_pairs, add_traffic
+from twohop.trainer.trackers import build_trackers
+from twohop.trainer.world import gather_objects, join_world, leave_world, rank, say
+
+
+def train(config: Config, directory: Path | None) -> dict[str, Any]:
+    """Train, evaluate, sample and report. Returns the summary on rank 0, and {} on the others."""
+    with _world(config) as device:
+        run = set_up(config, _open_run(config, directory), device)
+        first_step, tracker_id = _restore(run) if config.resume else _start_fresh(run)
+        say(run.describe())
+        writer = _open_metrics(run, first_step, tracker_id) if rank() == 0 else None
+        with writer or nullcontext(), Progress(config.train.steps, rank() == 0, first_step) as progress:
+            valid_loss = train_model(run, first_step, tracker_id, writer, progress)
+            progress.print("")
+        sample = generate_text(run, fit_to_context(run, config.generate))
+        if writer is None:
+            return {}
+        summary = _summary(run, valid_loss, sample)
+        write_summary(run.directory, summary)
+        writer.close(summary)
+        _tell(run, summary, write_report(run.directory))
+        return summary
+
+
+def evaluate(config: Config, directory: Path) -> dict[str, Any]:
+    """Validation loss of a run's newest checkpoint, printed by rank 0."""
+    with _world(config) as device:
+        run = set_up(config, directory, device)
+        step = _load_model(run)
+        valid_loss = evaluate_model(run)
+        say(f"step {step}: validation loss {valid_loss:.4f} nats per token, perplexity {perplexity(valid_loss):.2f}")
+        return {"step": step, "valid_loss": valid_loss, "valid_perplexity": perplexity(valid_loss)}
+
+
+def generate(config: Config, directory: Path) -> dict[str, Any]:
+    """Text from a run's newest checkpoint, printed by rank 0."""
+    with _world(config) as device:
+        run = set_up(config, directory, device)
+        _load_model(run)
+        text = generate_text(run, config.generate)
+        say(text)
+        return {"text": text}
+
+
+@contextmanager
+def _world(config: Config) -> Iterator[Any]:
+    """This rank's device, inside the world. After an error nothing is torn down: peers see at once that it ended."""
+    device = join_world(config.comm)
+    yield device
+    gather_objects(None)  # whoever leaves early closes connections that others may still read
+    leave_world()
+
+
+def _open_run(config: Config, directory: Path | None) -> Path:
+    """The run folder, decided by rank 0 if nobody has; sets `config.resume` as `open_run` does."""
+    if directory is not None:
+        return directory
+    error = None
+    if rank() == 0:
+        try:
+            directory = open_run(config)
+        except UserError as refused:
+            error = refused
+    directory, config.resume, error = gather_objects((directory, config.resume, error))[0]
+    if error is not None:
+        raise error
+    assert directory is not None
+    return directory
+
+
+def _start_fresh(run: Run) -> tuple[int, str]:
+    init_weights(run.model, run.config.seed)
+    return 0, gather_objects(uuid.uuid4().hex[:8])[0]
+
+
+def _restore(run: Run) -> tuple[int, str]:
+    """Continue from the newest whole checkpoint: its step and the tracker's run id."""
+    checkpoint = run.checkpoints.latest()
+    if checkpoint is None:
+        raise CheckpointError(f"resume={run.config.resume}: {run.checkpoints.directory} holds no checkpoint")
+    load_tensors(checkpoint, run.state(), run.identity())
+    say(f"continuing from step {checkpoint.step} ({checkpoint.path})")
+    return checkpoint.step, checkpoint.tracker_id
+
+
+def _load_model(run: Run) -> int:
+    """Fill the model alone from the newest whole checkpoint; returns its step."""
+    checkpoint = run.checkpoints.latest()
+    if checkpoint is None:
+        raise CheckpointError(f"run={run.directory}: {run.checkpoints.directory} holds no checkpoint; train it first")
+    load_tensors(checkpoint, run.engine.model_state(), model_identity(run.config))
+    return checkpoint.step
+
+
+def _open_metrics(run: Run, first_step: int, tracker_id: str) -> MetricsWriter:
+    plain = OmegaConf.to_container(OmegaConf.structured(run.config), enum_to_str=True)
+    trackers = build_trackers(run.config.tracker, run.directory, tracker_id, cast(dict[str, Any], plain))
+    return MetricsWriter(run.directory, trackers, first_step if run.config.resume else None)
+
+
+def _summary(run: Run, valid_loss: float, sample: str) -> dict[str, Any]:
+    """summary.json: where the whole run has come to, also over interruptions."""
+    steps = [record for record in read_metrics(run.directory) if record["kind"] == "train"]
+    traffic = add_traffic([record["traffic"] for record in steps])
+    return {
+        "steps": run.config.train.steps,
+        "tokens": steps[-1]["tokens"],
+        "train_loss": steps[-1]["loss"],
+        "valid_loss": valid_loss,
+        "valid_perplexity": perplexity(valid_loss),
+        "unigram_entropy": unigram_entropy(run.data.valid),
+        "training_seconds": sum(record["step_s"] for record in steps),
+        "traffic": {level: add_pairs(phases.values()) for level, phases in traffic.items()},
+        "sample": sample,
+    }
+
+
+def _tell(run: Run, summary: dict[str, Any], report: Path) -> None:
+    """The end of a run, on rank 0's terminal."""
+    lines = [
+        f"validation loss   {summary['valid_loss']:.4f} nats per token, perplexity {summary['valid_perplexity']:.2f}",
+        f"for comparison    {summary['unigram_entropy']:.4f} nats: the entropy of single tokens, without any context",
+    ]
+    for level, (sent_bytes, messages) in summary["traffic"].items():
+        lines.append(f"{level:<18}{format_bytes(sent_bytes)} in {messages:,} messages for experts")
+    lines += [f"sample            {line}" for line in summary["sample"].splitlines()[:1]]
+    lines += [f"                  {line}" for line in summary["sample"].splitlines()[1:]]
+    lines += [f"run folder        {run.directory}", f"report            {report}"]
+    say("\n".join(lines))

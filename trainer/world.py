@@ -1,0 +1,115 @@
+"""The world of ranks: how a worker joins it, and how its ranks agree on small things."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from twohop.trainer.config import CommConfig
+from twohop.trainer.errors import UserError
+
+T = TypeVar("T")
+
+
+def join_world(config: CommConfig) -> torch.device:
+    """Initialise the default process group from torchrun's variables and return this rank's device.
+
+    Without RANK in the environment this process is a world of its own. Ranks that have not come after
+    `init_timeout_s` are named; later, no wait is longer than `timeout_s`. NCCL if every rank on this host has a GPU
+    of its own, else gloo on the CPU.
+
+    Raises:
+        UserError: some ranks did not come.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    use_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return device
+    patience = timedelta(seconds=config.init_timeout_s)
+    try:
+        store, own_rank, num_ranks = next(dist.rendezvous("env://", timeout=patience))
+        _await_all(store, own_rank, num_ranks, patience)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise UserError(
+            f"rank {os.environ['RANK']} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within comm.init_timeout_s={config.init_timeout_s}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    dist.init_process_group(
+        "nccl" if use_gpu else "gloo",
+        store=store,
+        rank=own_rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=config.timeout_s),
+        device_id=device if use_gpu else None,
+    )
+    return device
+
+
+def _await_all(store: dist.Store, own_rank: int, num_ranks: int, patience: timedelta) -> None:
+    store.set(f"joined/{own_rank}", "")
+    keys = [f"joined/{peer}" for peer in range(num_ranks)]
+    try:
+        store.wait(keys, patience)
+    except dist.DistStoreError:
+        absent = [peer for peer, key in enumerate(keys) if not store.check([key])]
+        raise UserError(
+            f"ranks {absent} of {num_ranks} did not start within comm.init_timeout_s={patience.total_seconds():g}: "
+            "look at their logs, or raise comm.init_timeout_s"
+        ) from None
+
+
+def leader_first(make: Callable[[], T], patience_s: float) -> T:
+    """`make()` on every rank, first on local rank 0 of each host, whose caches the others then find.
+
+    Waits on the store and not in a collective: it may take longer than any step, up to `patience_s` seconds.
+    """
+    if not dist.is_initialized():
+        return make()
+    store = dist.distributed_c10d._get_default_store()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    key = f"leader_first/{rank() - local_rank}"
+    if local_rank != 0:
+        store.wait([key], timedelta(seconds=patience_s))
+        return make()
+    try:
+        return make()
+    finally:  # also after an error: the others then meet the same one themselves
+        store.set(key, "")
+
+
+def rank() -> int:
+    """This rank in the world; 0 in a world of one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Ranks in the world; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in the order of ranks. Every rank of the world must call this; for small things."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def say(text: str) -> None:
+    """Print on rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def leave_world() -> None:
+    """Destroy the default process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
