@@ -168,7 +168,7 @@ def _svg(name: str, draw: Callable[[Figure], None], height: float) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     # Ids such as axes_1 come back in every picture of the page; nothing refers to them.
-    return re.sub(r'<g id="[a-zA-Z]+_\d+">', "<g>", svg[svg.index("<svg") :])
+    return re.sub(r'(<g) id="[\w.]+_\d+"', r"\1", svg[svg.index("<svg") :])
 
 
 def _step_axes(figure: Figure, label: str) -> Axes:

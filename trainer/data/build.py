@@ -59,7 +59,8 @@ def prepare(config: DataConfig, directory: Path | None = None, log: Log = print)
     Raises:
         DataError: a source is missing, empty or unreadable, or `directory` holds something else.
     """
-    _check(config)
+    if config.source not in CORPORA:
+        raise DataError(f"data.source={config.source}: no text to tokenise; use one of {', '.join(CORPORA)}")
     corpus = CORPORA[config.source](config)
     settings = tokenizer_settings(config.tokenizer)
     source = {"format": FORMAT, "corpus": corpus.name, "fingerprint": corpus.fingerprint(), "tokenizer": settings}
@@ -81,15 +82,6 @@ def _prepared_folder(config: DataConfig) -> Path:
     if len(config.files) != 1:
         raise DataError(f"data.files={config.files}: data=tokens needs exactly one folder that `twohop prepare` made")
     return Path(config.files[0]).expanduser()
-
-
-def _check(config: DataConfig) -> None:
-    if config.source not in CORPORA:
-        raise DataError(f"data.source={config.source}: no text to tokenise; use one of {', '.join(CORPORA)}")
-    if not 0 < config.valid_fraction < 1:
-        raise DataError(f"data.valid_fraction={config.valid_fraction}: use a value between 0 and 1, for example 0.05")
-    if config.max_mib is not None and config.max_mib <= 0:
-        raise DataError(f"data.max_mib={config.max_mib}: use a positive number of MiB, or null for all text")
 
 
 def _is_prepared(directory: Path, source: dict[str, Any]) -> bool:

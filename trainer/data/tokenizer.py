@@ -145,9 +145,7 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _tokenizer_file(config: TokenizerConfig) -> Path:
-    if not config.file:
-        raise DataError("data.tokenizer.file is not set: name a tokenizer.json, or use data.tokenizer.kind=bytes")
-    path = Path(config.file).expanduser()
+    path = Path(config.file or "").expanduser()
     if not path.is_file():
         raise DataError(f"data.tokenizer.file={config.file}: no such file; name an existing tokenizer.json")
     return path
