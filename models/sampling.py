@@ -22,7 +22,8 @@ def generate(
 
     Temperature 0 takes the most probable token; `top_k` samples among that many. The model is in evaluation mode
     meanwhile. With expert parallelism this is collective: every rank calls it with the same prompt and an equally
-    seeded generator. Raises ValueError if prompt and continuation do not fit into max_seq_len.
+    seeded generator, which lives on the model's device. Raises ValueError if prompt and continuation do not fit into
+    max_seq_len.
     """
     total = ids_BT.shape[1] + max_new_tokens
     if ids_BT.shape[1] == 0:

@@ -1,7 +1,11 @@
 """Impossible model configurations are refused with the key, the value and the cure."""
 
+import subprocess
+import sys
+
 import pytest
 
+from twohop import models
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
 
 
@@ -44,3 +48,16 @@ def test_impossible_configurations_are_refused(make, message):
 def test_experts_by_block(experts, every, expected):
     moe = MoEConfig(experts=experts, every=every)
     assert ModelConfig(num_layers=4, moe=moe).experts_by_block == expected
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = "from twohop.models import ModelConfig; import sys; print(ModelConfig().dim, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["128", "False"], result.stderr
+
+
+def test_every_public_name_is_there():
+    assert [getattr(models, name).__name__ for name in models.__all__] == models.__all__
+    assert set(models.__all__) == set(models._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        models.Nothing  # noqa: B018
