@@ -81,7 +81,8 @@ def load_plot(moe: Sequence[Record]) -> str:
     maps = {layer: _load_map(moe, layer) for layer in layers}  # [experts, columns]
     # Colours end at the 99.5th percentile: one outlier in the first steps would bleach all the rest.
     top = max(2.0, float(np.nanquantile(np.concatenate([m.ravel() for m in maps.values()]), 0.995)))
-    heights = [max(1.0, min(len(m) * 0.055 + 0.5, 2.4)) for m in maps.values()]
+    tallest = 2.4 if len(layers) <= 6 else 1.3  # inches
+    heights = [min(max(len(m) * 0.055 + 0.5, 1.0), tallest) for m in maps.values()]
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(layers), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -102,10 +103,11 @@ def load_plot(moe: Sequence[Record]) -> str:
         rows[-1].set_xlabel("step")
         figure.supylabel("expert", fontsize=10, color=MUTED)
         ticks = [0, 0.5, 1, *range(2, int(top) + 1, max(1, int(top) // 4))]
-        bar = figure.colorbar(image, ax=rows, aspect=28, pad=0.015, ticks=ticks, format=lambda x, _: f"{x:g}×")
+        place: dict[str, Any] = {"location": "top", "anchor": (1.0, 0.0), "shrink": 0.4, "aspect": 36, "pad": 0.01}
+        bar = figure.colorbar(image, ax=rows, ticks=ticks, format=lambda x, _: f"{x:g}×", **place)
         bar.outline.set_visible(False)
 
-    return _svg("load", draw, height=sum(heights) + 0.4 * len(layers) + 0.4)
+    return _svg("load", draw, height=sum(heights) + 0.4 * len(layers) + 0.8)
 
 
 def drop_plot(moe: Sequence[Record]) -> str:
