@@ -39,7 +39,9 @@ class MetricsWriter:
             tracker.log(step, scalars(record))
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close the file and finish the trackers, which show `summary`."""
+        """Close the file and finish the trackers, which show `summary`. Only the first call has an effect."""
+        if self._file.closed:
+            return
         self._file.close()
         for tracker in self._trackers:
             tracker.finish(dict(summary or {}))
@@ -50,8 +52,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._file.closed:
-            self.close()
+        self.close()
 
 
 def read_metrics(run_dir: Path) -> list[Record]:

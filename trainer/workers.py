@@ -25,7 +25,7 @@ from twohop.trainer.metrics import MetricsWriter, read_metrics, write_summary
 from twohop.trainer.plots import format_bytes
 from twohop.trainer.progress import Progress
 from twohop.trainer.report import write_report
-from twohop.trainer.run_folder import open_run
+from twohop.trainer.run_folder import open_run, write_config
 from twohop.trainer.setup import Run, model_identity, set_up
 from twohop.trainer.totals import add_pairs, add_traffic
 from twohop.trainer.trackers import build_trackers
@@ -37,17 +37,20 @@ def train(config: Config, directory: Path | None) -> dict[str, Any]:
     with _world(config) as device:
         run = set_up(config, _open_run(config, directory), device)
         first_step, tracker_id = _restore(run) if config.resume else _start_fresh(run)
+        if rank() == 0:
+            write_config(run.directory, config)
         say(run.describe())
         writer = _open_metrics(run, first_step, tracker_id) if rank() == 0 else None
-        with writer or nullcontext(), Progress(config.train.steps, rank() == 0, first_step) as progress:
-            valid_loss = train_model(run, first_step, tracker_id, writer, progress)
-            progress.print("")
-        sample = generate_text(run, fit_to_context(run, config.generate))
-        if writer is None:
-            return {}
-        summary = _summary(run, valid_loss, sample)
-        write_summary(run.directory, summary)
-        writer.close(summary)
+        with writer or nullcontext():
+            with Progress(config.train.steps, rank() == 0, first_step) as progress:
+                valid_loss = train_model(run, first_step, tracker_id, writer, progress)
+                progress.print("")
+            sample = generate_text(run, fit_to_context(run, config.generate))
+            if writer is None:
+                return {}
+            summary = _summary(run, valid_loss, sample)
+            write_summary(run.directory, summary)
+            writer.close(summary)
         _tell(run, summary, write_report(run.directory))
         return summary
 
