@@ -142,7 +142,7 @@ class _Namespaces:
             raise NetlabError(f"{tool} failed: {done.stderr.strip()} (commands: {'; '.join(commands)})")
 
     def command_line(self, argv: Sequence[str]) -> list[str]:
-        """`argv` as it must be started outside to run inside, in the caller's working directory."""
+        """What to start outside so that `argv` runs inside, in the caller's working directory."""
         proc = f"/proc/{self.pid}/ns"
         spaces = [f"--{kind}={proc}/{kind}" for kind in ("net", "uts")]
         spaces += [f"--mount={proc}/mnt", f"--pid={proc}/pid_for_children"]
@@ -150,7 +150,7 @@ class _Namespaces:
 
     def signal_all(self, number: int) -> None:
         """Signal every process of the node except process 1, as a machine does when it shuts down."""
-        line = self.command_line(["kill", f"-{number}", "--", "-1"])
+        line = self.command_line(["sh", "-c", f"kill -{number} -1"])
         subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
@@ -228,9 +228,8 @@ class Cluster:
             errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(1, self.num_nodes)]
             commands: list[subprocess.Popen] = []
             try:
-                for node in range(self.num_nodes):
+                for node, line in enumerate(self._launch_lines(argv, ranks_per_node)):
                     outputs = {"stdout": subprocess.DEVNULL, "stderr": errors[node - 1]} if node else {}
-                    line = self._launch_line(argv, node, ranks_per_node)
                     commands.append(self.start(node, line, env=env, **outputs))
                 exit_code = _wait(commands, started + timeout_s, grace_s)
             finally:
@@ -261,7 +260,8 @@ class Cluster:
 
     def blackhole(self, node: int, on: bool = True) -> None:
         """Let the switch lose every packet from and to the node, with the link still up, or carry them again."""
-        self._switch.configure("ip", f"link set port{node} type bridge_slave state {0 if on else 3}")
+        # 1: listening, 3: forwarding. A disabled port would do too, but comes back with the next carrier event.
+        self._switch.configure("ip", f"link set port{node} type bridge_slave state {1 if on else 3}")
 
     def signal_all(self, node: int, number: int) -> None:
         """Send a signal to every process on the node."""
@@ -298,15 +298,19 @@ class Cluster:
         }
         return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | cluster | dict(extra or {})
 
-    def _launch_line(self, argv: Sequence[str], node: int, ranks_per_node: int | None) -> list[str]:
+    def _launch_lines(self, argv: Sequence[str], ranks_per_node: int | None) -> list[list[str]]:
+        """What to start on each node."""
         if ranks_per_node is None:
-            return list(argv)
+            return [list(argv)] * self.num_nodes
+        if ranks_per_node < 1:
+            raise NetlabError(f"{ranks_per_node} ranks per node: at least 1 is needed")
         python, program = _python_program(argv)
         if subprocess.run([python, "-c", "from importlib.util import find_spec as f; exit(not f('torch'))"]).returncode:
             raise NetlabError(f"{python} has no torch: activate the environment that has it, or name its Python")
-        place = [f"--nnodes={self.num_nodes}", f"--node-rank={node}", f"--nproc-per-node={ranks_per_node}"]
+        place = [f"--nnodes={self.num_nodes}", f"--nproc-per-node={ranks_per_node}"]
         meeting = [f"--master-addr={self.address(0)}", f"--master-port={MASTER_PORT}"]
-        return [python, "-m", "torch.distributed.run", *place, *meeting, *program]
+        launcher = [python, "-m", "torch.distributed.run", *place, *meeting]
+        return [[*launcher, f"--node-rank={node}", *program] for node in range(self.num_nodes)]
 
     def _stop(self, commands: Sequence[subprocess.Popen], patience_s: float = 3.0) -> None:
         """End the commands that still run, and what else runs on their nodes: politely, then at once."""

@@ -25,11 +25,10 @@ def main() -> None:
         for exchange in (all_to_all, receives_first):
             seconds, sent_bytes = measure(exchange, kib * 1024, args.repeats)
             reached = kib * 1024 * 8 / seconds / parse_rate(args.rate)
+            overhead = sent_bytes / (kib * 1024)
             if dist.get_rank() == 0:
-                overhead = f"{sent_bytes / (kib * 1024):.4f} x payload on the link"
-                print(
-                    f"{kib:>6} KiB {exchange.__name__:<15}{seconds * 1e3:>9.2f} ms {reached:>7.1%} of the rate, {overhead}"
-                )
+                print(f"{kib:>6} KiB {exchange.__name__:<15}{seconds * 1e3:>9.2f} ms", end=" ")
+                print(f"{reached:>7.1%} of the rate, {overhead:.4f} x payload on the link", flush=True)
     dist.destroy_process_group()
 
 
