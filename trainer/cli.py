@@ -55,6 +55,9 @@ def run(args: list[str]) -> int:
     except WorkerError as error:
         complain(error)
         return 1
+    except KeyboardInterrupt:
+        print("twohop: stopped by SIGINT", file=sys.stderr)
+        return 130
 
 
 def complain(error: Exception) -> None:

@@ -11,11 +11,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +27,7 @@ from twohop.trainer.config import Config, LaunchConfig
 from twohop.trainer.errors import ConfigError, UserError, WorkerError
 
 HOST = "127.0.0.1"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, for workers that do not end by themselves
 # glibc gives large blocks back to the kernel and faults them in again at every step; keeping them makes expert
 # layers about a quarter faster on the CPU. A value that the user has set wins.
@@ -61,7 +64,7 @@ def start(worker: str, config: Config, run_dir: Path | None) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    with _signal_handlers_kept(), _environment(config.launch), TemporaryDirectory(prefix="twohop-") as failures:
+    with _signals_held(), _environment(config.launch), TemporaryDirectory(prefix="twohop-") as failures:
         try:
             agent = elastic_launch(_agent_config(config.launch), _work)
             return agent(worker, config, run_dir, failures)[0]
@@ -90,7 +93,9 @@ def check_port(port: int | None) -> None:
 def _agent_config(config: LaunchConfig) -> Any:
     from torch.distributed.launcher.api import LaunchConfig as AgentConfig
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its errors are told by _first_cause
+    for name in logging.root.manager.loggerDict:  # each has a level of its own; _first_cause tells what they would
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     return AgentConfig(
         min_nodes=1,
         max_nodes=1,
@@ -118,20 +123,31 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """The agent installs handlers and leaves them; between the jobs of a sweep the usual ones are wanted."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def _signals_held() -> Iterator[None]:
+    """Workers start with signals blocked, so that Ctrl-C amid their imports does not give a traceback from each.
+
+    A blocked signal waits until `_work` lets it in. Here, another thread stays open to signals, and Python runs their
+    handlers in the main thread all the same. The agent installs handlers and leaves them: the usual ones come back.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    resource_tracker.ensure_running()  # its start, otherwise at the first worker's, unblocks signals
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        done.set()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _work(worker: str, config: Config, run_dir: Path | None, failures: str) -> dict[str, Any]:
     """Body of a worker process. A failure is written down for the parent, which alone speaks to the terminal."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # end at once and silently: the parent says why
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         return _resolve(worker)(config, run_dir)
     except Exception as error:
