@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from twohop.comm.errors import CommError
     from twohop.comm.topology import Topology
     from twohop.comm.traffic import TrafficMeter
+    from twohop.comm.wire import HopWires, Wires
 
 _HOME = {
     "build_all_to_all": "all_to_all",
@@ -21,13 +22,17 @@ _HOME = {
     "CommError": "errors",
     "Topology": "topology",
     "TrafficMeter": "traffic",
+    "HopWires": "wire",
+    "Wires": "wire",
 }
 __all__ = [
     "CommError",
     "Dispatched",
+    "HopWires",
     "TokenDispatcher",
     "Topology",
     "TrafficMeter",
+    "Wires",
     "build_all_to_all",
     "build_dispatcher",
 ]

@@ -20,6 +20,11 @@ class Bag:
         counts.scatter_add_(0, parent_C, torch.ones_like(parent_C))
         return cls(children_C, F.pad(counts.cumsum(0), (1, 0)))
 
+    def part(self, parents: tuple[int, int], children: tuple[int, int]) -> "Bag":
+        """The bag of some consecutive parents, whose children stand together at the given span of rows."""
+        (first, last), (start, end) = parents, children
+        return Bag(self.children_C[start:end] - start, self.offsets[first : last + 1] - start)
+
     def sum(self, rows_CD: torch.Tensor, weights_C: torch.Tensor | None = None) -> torch.Tensor:
         """[parents, D]: every parent's children added up one after the other; a parent without children is 0.
 

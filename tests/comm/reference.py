@@ -12,6 +12,11 @@ def expert(rows_RD: torch.Tensor, w_DD: torch.Tensor) -> torch.Tensor:
     return torch.tanh(rows_RD @ w_DD)
 
 
+def all_experts(rows_RD: torch.Tensor, counts: list[int], w_EDD: torch.Tensor) -> torch.Tensor:
+    """Every local expert on its rows."""
+    return torch.cat([expert(rows, w) for rows, w in zip(rows_RD.split(counts), w_EDD.unbind(0), strict=True)])
+
+
 def make_case(
     seed: int, tokens: list[int], k: int, num_experts: int, d: int, dtype: torch.dtype, routing: str = "uniform"
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -78,9 +83,12 @@ def run_layer(
     weights_NK.requires_grad_()
     local = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local_experts)
     w_EDD = expert_weights(num_experts, x_ND.shape[1], x_ND.dtype)[local].clone().requires_grad_()
+    if dispatcher.chunks > 1:
+        y_ND, _ = dispatcher.run(x_ND, ids_NK, weights_NK, lambda rows, counts: all_experts(rows, counts, w_EDD))
+        y_ND.backward(grad_ND)
+        return {"y": y_ND.detach(), "x": x_ND.grad, "weights": weights_NK.grad, "experts": w_EDD.grad}
     dispatched = dispatcher.dispatch(x_ND, ids_NK, weights_NK)
-    blocks = dispatched.rows.split(list(dispatched.counts))
-    rows_RD = torch.cat([expert(block, w) for block, w in zip(blocks, w_EDD.unbind(0), strict=True)])
+    rows_RD = all_experts(dispatched.rows, dispatched.counts, w_EDD)
     y_ND = dispatcher.combine(rows_RD, dispatched)
     y_ND.backward(grad_ND)
     return {
@@ -89,6 +97,6 @@ def run_layer(
         "weights": weights_NK.grad,
         "experts": w_EDD.grad,
         "traffic": meter.snapshot(),
-        "counts": list(dispatched.counts),
+        "counts": dispatched.counts,
         "rows": dispatched.rows.detach(),
     }

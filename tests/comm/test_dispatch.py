@@ -15,23 +15,27 @@ from twohop.comm.topology import ep_block, ep_grid
 ALGORITHMS = ("flat", "hierarchical", "dedup")
 
 
-def layers_on_this_rank(levels: tuple[int, ...], ep_size: int, cases: list[Any], num_experts: int) -> list[Any]:
+def layers_on_this_rank(
+    levels: tuple[int, ...], ep_size: int, cases: list[Any], num_experts: int, chunks: int = 1
+) -> list[Any]:
     """For each case and algorithm what `run_layer` returns."""
     topology = Topology.discover(levels=levels, ep_size=ep_size, timeout_s=20)
-    return [{name: run_layer(topology, name, case, num_experts) for name in ALGORITHMS} for case in cases]
+    return [
+        {name: run_layer(topology, name, case, num_experts, chunks=chunks) for name in ALGORITHMS} for case in cases
+    ]
 
 
-def check(levels: tuple[int, ...], ep_size: int, cases: list[Any], num_experts: int) -> None:
+def check(levels: tuple[int, ...], ep_size: int, cases: list[Any], num_experts: int, chunks: int = 1) -> None:
     """All algorithms agree to the bit, and with the reference to a bound on rounding."""
     world = torch.Size(levels).numel()
-    results = run_distributed(layers_on_this_rank, world, levels, ep_size, cases, num_experts)
+    results = run_distributed(layers_on_this_rank, world, levels, ep_size, cases, num_experts, chunks)
     for i, case in enumerate(cases):
         expected = reference(case, num_experts)
         per_rank = num_experts // ep_size
         grad_experts = torch.zeros_like(expected["experts"])
         for rank in range(world):
             by_name = results[rank][i]
-            for key in ("y", "x", "weights", "experts", "rows"):
+            for key in ("y", "x", "weights", "experts", "rows") if chunks == 1 else ("y", "x", "weights", "experts"):
                 for name in ALGORITHMS:
                     assert torch.equal(by_name["flat"][key], by_name[name][key]), (name, key, rank)
             flat = by_name["flat"]
@@ -80,13 +84,14 @@ def test_random_layers(data: st.DataObject) -> None:
     ep_size = data.draw(st.sampled_from([d for d in range(1, world + 1) if world % d == 0]))
     experts = ep_size * data.draw(st.integers(1, 4))
     k = data.draw(st.integers(1, min(4, experts)))
+    chunks = data.draw(st.sampled_from([1, 1, 2, 3, 7]))
     cases = []
     for _ in range(6):
         tokens = data.draw(st.lists(st.integers(0, 12), min_size=world, max_size=world))
         dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
         routing = data.draw(st.sampled_from(["uniform", "one", "drop", "skewed"]))
         cases.append(make_case(data.draw(st.integers(0, 10**6)), tokens, k, experts, 5, dtype, routing))
-    check(levels, ep_size, cases, experts)
+    check(levels, ep_size, cases, experts, chunks)
 
 
 def test_rows_stand_by_expert_then_home_rank_then_token() -> None:
@@ -139,9 +144,26 @@ def mismatch_on_this_rank(kind: str) -> str:
 @pytest.mark.parametrize("kind", ["shape", "dtype"])
 def test_ranks_that_disagree_are_named(kind: str) -> None:
     messages = run_distributed(mismatch_on_this_rank, 4, kind)
-    assert "layer 3" in messages[1]
-    assert "ranks [3]" in messages[1]
-    assert "rank 3" in messages[3]
+    for rank in range(3):  # rank 2 hears it from rank 3 itself, rank 0 by hearsay on the second hop
+        assert f"rank {rank}, layer 3, counts: ranks [3] are in trouble or disagree" in messages[rank]
+    assert "rank 3, layer 3, counts: ranks [" in messages[3]
+
+
+def nan_on_this_rank() -> str:
+    topology = Topology.discover(ranks_per_node=2, timeout_s=5)
+    dispatcher = build_dispatcher("dedup", topology, 4, label="layer 1")
+    x_ND = torch.ones(2, 4)
+    if topology.rank == 2:
+        x_ND[1, 3] = float("nan")
+    with pytest.raises(CommError) as error:
+        dispatcher.dispatch(x_ND, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    return str(error.value)
+
+
+def test_rows_that_are_not_finite_are_found_before_they_spread() -> None:
+    for rank, message in enumerate(run_distributed(nan_on_this_rank, 4)):
+        assert f"rank {rank}, layer 1" in message
+        assert "rank 2 was given rows that are not finite" in message or "ranks [2] are in trouble" in message
 
 
 def test_one_process_needs_no_group() -> None:

@@ -1,0 +1,187 @@
+"""The one exchange of counts that plans all hops and chunks, and the agreement on what is about to happen.
+
+Counts stand as [*block, chunks, F]: one place for each rank of the EP group's grid and each chunk of tokens. They
+walk the route of the rows; an exchange along an axis turns that axis from destinations into sources. So every
+rank on the way learns, from messages of a fixed size, how many rows come and go at each of its hops.
+
+Every message begins with a header: fingerprint of the task, status of the sender, a rank in trouble seen so far.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from twohop.comm.errors import CommError
+from twohop.comm.exchange import Channel
+from twohop.comm.routes import Hop
+
+HEADER = 3
+ROOM = 1024  # least room for a peer's message, in numbers: a message of another layer must fit too, or gloo aborts
+STATUS = {1: "was given rows that are not finite", 2: "was given wrong arguments"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How experts and ranks of an EP group are numbered: expert -> rank -> coordinates, all in nested order."""
+
+    block: tuple[int, ...]  # ranks along each axis
+    num_experts: int
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts on each rank of the group."""
+        return self.num_experts // math.prod(self.block)
+
+    def subtree(self, expert_n: torch.Tensor, level: int) -> torch.Tensor:
+        """Number of the subtree, down to `level`, that an expert lives in."""
+        return expert_n // (self.experts_per_rank * math.prod(self.block[level + 1 :]))
+
+    def peer(self, expert_n: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+        """Number of the peer towards the expert's rank, in the group that spans consecutive `axes`."""
+        return self.subtree(expert_n, axes[-1]) % math.prod(self.block[axis] for axis in axes)
+
+
+@dataclass(frozen=True)
+class HopCounts:
+    """Sizes of one hop, as host integers."""
+
+    send_rows: list[list[int]]  # [chunk][peer]
+    recv_rows: list[list[int]]
+    send_assignments: list[int]  # [peer], all chunks together
+    recv_assignments: list[int]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Everything about sizes that a rank must know."""
+
+    own: int  # assignments of this rank's tokens
+    own_rows: list[list[int]]  # [level][chunk]: (token, subtree) pairs of this rank's tokens
+    hops: list[HopCounts]
+    per_expert: list[list[int]]  # [chunk][local expert]: rows that arrive
+    home_n: torch.Tensor  # home rank of each assignment that arrives, by chunk, then in order of arrival
+
+
+def agree(
+    counts: torch.Tensor, grid: Grid, hops: Sequence[tuple[Hop, Channel]], task: str, status: torch.Tensor
+) -> Counts:
+    """Walk the counts. Every rank of the EP group must call this.
+
+    Args:
+        counts: int64 [*block, chunks, experts_per_rank + levels] of this rank's tokens, by destination: assignments
+            of each expert, then distinct (token, subtree) pairs of each level, repeated inside the subtree.
+        task: what this rank is about to do.
+        status: int64 scalar, 0 or a key of STATUS.
+
+    Raises:
+        CommError: a rank is about to do something else, is in trouble, died or did not come.
+    """
+    experts, levels, chunks = grid.experts_per_rank, len(grid.block), counts.shape[-2]
+    wanted = [counts[..., :experts].sum()]
+    wanted += [_by_chunk(_without_repeats(counts[..., experts + level], level)) for level in range(levels)]
+    level = -1  # the deepest level spread so far: a row is a (token, subtree of this level) pair
+    trouble = torch.zeros_like(status)
+    for hop, channel in hops:
+        level = max((level, *hop.spread))
+        received, trouble, header = _exchange(counts, hop, channel, task, status, trouble)
+        rows = [_without_repeats(side[..., experts + level], level) for side in (counts, received)]
+        wanted += [_by_chunk_and_peer(side, hop.exchange) for side in rows]
+        wanted += [_by_chunk_and_peer(side[..., :experts].sum(-1), hop.exchange).sum(0) for side in (counts, received)]
+        wanted += [header]
+        counts = received
+    # What moved last varies slowest among the arrivals of a chunk.
+    arrival = [axis for hop, _ in reversed(hops) for axis in hop.exchange]
+    per_home = counts[..., :experts].sum(-1).permute(levels, *arrival).reshape(-1)
+    wanted += [counts[..., :experts].sum(dim=list(range(levels))) if levels else counts, per_home.sum()]
+
+    (own, *own_rows), hop_parts, (per_expert, arriving) = _regroup(_to_host(wanted), 1 + levels, 5, len(hops))
+    for (_, channel), (*_, header_seen) in zip(hops, hop_parts, strict=True):
+        _check_headers(header_seen, channel, task)
+    home = torch.arange(math.prod(grid.block), device=counts.device).view(grid.block).permute(arrival).reshape(-1)
+    return Counts(
+        own=own[0],
+        own_rows=own_rows,
+        hops=[
+            HopCounts(_rows_of(send, chunks), _rows_of(recv, chunks), send_n, recv_n)
+            for send, recv, send_n, recv_n, _ in hop_parts
+        ],
+        per_expert=_rows_of(per_expert, chunks),
+        home_n=home.repeat(chunks).repeat_interleave(per_home, output_size=arriving[0]),
+    )
+
+
+def _exchange(
+    counts: torch.Tensor, hop: Hop, channel: Channel, task: str, status: torch.Tensor, trouble: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All-to-all along the hop's axes: the peers' counts, the rank in trouble known by now, the peers' headers."""
+    to_front, peers = list(range(len(hop.exchange))), len(channel.ranks)
+    moved = counts.movedim(hop.exchange, to_front)
+    mark = torch.full_like(status, zlib.crc32(task.encode()))
+    header = torch.stack([mark, status, trouble]).expand(peers, HEADER)
+    message = torch.cat([header, moved.reshape(peers, -1)], dim=1)
+    length = message.shape[1]
+    # Rooms for the others' messages are larger than needed, so that one of another length does no harm.
+    rooms = [max(length, ROOM) if level != "own rank" else length for level in channel.levels]
+    answer = channel.exchange(message.view(-1), [length] * peers, rooms, "counts")
+    received = torch.stack([room[:length] for room in answer.split(rooms)])
+
+    ranks = torch.tensor(channel.ranks, device=counts.device)
+    odd = (received[:, 0] != mark) | (received[:, 1] != 0)
+    seen = torch.cat([torch.where(odd, ranks + 1, received[:, 2]), trouble[None]]).max()
+    return received[:, HEADER:].reshape(moved.shape).movedim(to_front, hop.exchange), seen, received[:, :HEADER]
+
+
+def _check_headers(header: list[int], channel: Channel, task: str) -> None:
+    mark = zlib.crc32(task.encode())
+    by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
+    for rank, (theirs, status, _) in by_rank.items():
+        if theirs == mark and status:
+            raise CommError(f"{channel.where}, dispatch: rank {rank} {STATUS[status]}")
+    others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
+    others = others or [trouble - 1 for *_, trouble in by_rank.values() if trouble][:1]
+    if others:
+        raise CommError(
+            f"{channel.where}, counts: ranks {others} are in trouble or disagree with this rank's {task}; "
+            "every rank must run the same layers in the same order, on finite rows of the same shapes and dtypes"
+        )
+
+
+def _to_host(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Each tensor as a list of integers: the one host synchronisation of a dispatch."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist()
+    ends = accumulate(tensor.numel() for tensor in tensors)
+    return [flat[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
+
+
+def _regroup(
+    parts: list[list[int]], before: int, per_hop: int, hops: int
+) -> tuple[list[list[int]], list[list[list[int]]], list[list[int]]]:
+    middle = [parts[before + per_hop * i : before + per_hop * (i + 1)] for i in range(hops)]
+    return parts[:before], middle, parts[before + per_hop * hops :]
+
+
+def _rows_of(flat: list[int], rows: int) -> list[list[int]]:
+    width = len(flat) // rows
+    return [flat[width * i : width * (i + 1)] for i in range(rows)]
+
+
+def _without_repeats(rows: torch.Tensor, level: int) -> torch.Tensor:
+    """Row counts of a level, [*block, chunks], without the inner dimensions along which they repeat."""
+    inner = rows.dim() - level - 2
+    return rows[(*[slice(None)] * (level + 1), *[0] * inner)]
+
+
+def _by_chunk(counts: torch.Tensor) -> torch.Tensor:
+    """[*block, chunks] -> [chunks]."""
+    return counts.reshape(-1, counts.shape[-1]).sum(0)
+
+
+def _by_chunk_and_peer(counts: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """[*block, chunks] -> [chunks, peers of an exchange along `axes`]."""
+    others = [d for d in range(counts.dim() - 1) if d not in axes]
+    total = counts.sum(dim=others) if others else counts
+    return total.flatten(0, -2).T

@@ -1,0 +1,235 @@
+"""Dispatch, experts and combine of several chunks at once, forward and backward.
+
+Each exchange is two autograd nodes, one that starts it and one that waits; the backward of waiting is to start the
+reverse exchange, the backward of starting to wait for it. Autograd walks nodes in the reverse order of their
+making, so a forward schedule that overlaps well runs backward as its mirror image and overlaps as well, and every
+rank issues the collectives of a group in the same order, in both directions.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from twohop.comm.exchange import Pending
+from twohop.comm.plan import Chunk, Move, Plan
+from twohop.comm.tree import Spread
+from twohop.comm.wire import Direction, Wires
+
+Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows [R, D], rows of each expert) -> [R, D]
+
+BACKWARD = {Direction.dispatch: Direction.dispatch_backward, Direction.combine: Direction.combine_backward}
+
+
+class _Transfer:
+    """One exchange of rows, in its forward and its backward direction."""
+
+    def __init__(self, move: Move, direction: Direction, wires: Wires) -> None:
+        self.channel, self.direction, self.wires = move.channel, direction, wires
+        self.there = (move.send_rows, move.recv_rows)
+        if direction is Direction.combine:
+            self.there = self.there[::-1]
+        self.pending: Pending | None = None
+        self.dtype = torch.float32
+
+    def start(self, rows: torch.Tensor, backward: bool) -> None:
+        direction = BACKWARD[self.direction] if backward else self.direction
+        self.dtype = rows.dtype
+        wire = self.wires.format(direction, self.channel.crosses_nodes)
+        send, recv = self.there[::-1] if backward else self.there
+        self.pending = self.channel.start(wire.encode(rows), send, recv, direction.value)
+
+    def wait(self, backward: bool) -> torch.Tensor:
+        assert self.pending is not None
+        direction = BACKWARD[self.direction] if backward else self.direction
+        wire = self.wires.format(direction, self.channel.crosses_nodes)
+        received, self.pending = self.pending.wait(), None
+        return wire.decode(received, self.dtype)
+
+
+class _Start(torch.autograd.Function):
+    """rows -> an empty ticket; the rows are on their way. Their number changes on the way, hence the ticket."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, transfer: _Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        transfer.start(rows, backward=False)
+        return rows.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.transfer.wait(backward=True), None
+
+
+class _Wait(torch.autograd.Function):
+    """ticket -> the rows that arrived."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: torch.Tensor, transfer: _Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        return transfer.wait(backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.transfer.start(grad, backward=True)
+        return grad.new_empty(0), None
+
+
+class _Down(torch.autograd.Function):
+    """Copy rows to their children; backward sums the children."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, spread: Spread) -> torch.Tensor:
+        ctx.spread = spread
+        return spread.down(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.spread.up(grad), None
+
+
+class _Up(torch.autograd.Function):
+    """Sum children; backward copies the gradient to them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, spread: Spread) -> torch.Tensor:
+        ctx.spread = spread
+        return spread.up(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.spread.down(grad), None
+
+
+class _WeighAndSum(torch.autograd.Function):
+    """Multiply the experts' rows by their combine weights and sum those of one token."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: torch.Tensor, weight_n: torch.Tensor, spread: Spread) -> torch.Tensor:
+        ctx.spread = spread
+        ctx.save_for_backward(rows_RD, weight_n)
+        return spread.up(rows_RD, weight_n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        rows_RD, weight_n = ctx.saved_tensors
+        place_n = ctx.spread.bags[0].children_C  # of each assignment among the experts' rows
+        grad_RD = ctx.spread.down(grad)
+        grad_weight_n = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_n = (grad_RD.to(weight_n.dtype) * rows_RD).sum(-1).index_select(0, place_n)
+        weight_R1 = torch.empty_like(weight_n).index_copy_(0, place_n, weight_n).unsqueeze(1)
+        return (grad_RD * weight_R1).to(rows_RD.dtype), grad_weight_n, None
+
+
+class _Carry(torch.autograd.Function):
+    """Combine weights [N, K] -> those of the assignments that arrived here; backward carries gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_NK: torch.Tensor, plan: Plan) -> torch.Tensor:
+        ctx.plan, ctx.like = plan, (weights_NK.shape, weights_NK.dtype)
+        return plan.weight_n.view_as(plan.weight_n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_n: torch.Tensor) -> tuple[torch.Tensor, None]:
+        shape, dtype = ctx.like
+        return ctx.plan.assignments_home(grad_n.contiguous(), "metadata backward").view(shape).to(dtype), None
+
+
+def carry_weights(weights_NK: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """The combine weights that the plan has brought here, for each chunk; differentiable in weights_NK."""
+    return _Carry.apply(weights_NK, plan).split([chunk.num_assignments for chunk in plan.chunks])
+
+
+def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
+    """A chunk's tokens to its experts; yields once after every start of an exchange and last the experts' rows."""
+    rows = tokens
+    for move in chunk.moves:
+        transfer = _Transfer(move, Direction.dispatch, wires)
+        ticket = _Start.apply(_Down.apply(rows, move.spread), transfer)
+        yield ticket
+        rows = _Wait.apply(ticket, transfer)
+    yield _Down.apply(rows, chunk.to_experts)
+
+
+def way_home(rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
+    """The experts' rows of a chunk home; yields once after every start of an exchange and last the tokens' sums."""
+    rows = _WeighAndSum.apply(rows_RD, weight_n, chunk.to_experts)
+    for move in reversed(chunk.moves):
+        transfer = _Transfer(move, Direction.combine, wires)
+        ticket = _Start.apply(rows, transfer)
+        yield ticket
+        rows = _Up.apply(_Wait.apply(ticket, transfer), move.spread)
+    yield rows
+
+
+def last(way: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Walk a way to its end without doing anything beside it."""
+    *_, rows = way
+    return rows
+
+
+class Turn(NamedTuple):
+    """Stage `stage` of chunk `chunk` runs next."""
+
+    stage: int
+    chunk: int
+
+
+def schedule(hops: int, chunks: int) -> list[Turn]:
+    """In which order stages of chunks run, the same on every rank; stage i ends by starting exchange i + 1.
+
+    All first exchanges start at once and all last ones are waited for at the end: the outermost network is the
+    slow one, and a queue in front of it keeps it busy in both directions. In between, a chunk takes a step every
+    second turn, so that while its exchange is under way another chunk has its turn; the experts, in the middle
+    stage, run beside the hops of their neighbours.
+    """
+    stages = 2 * hops + 1
+    turns = [Turn(stage, chunk) for stage in range(stages) for chunk in range(chunks)]
+
+    def moment(turn: Turn) -> tuple[int, int, int]:
+        if turn.stage in (0, stages - 1):
+            return (turn.stage, turn.chunk, 0)
+        return (1, turn.chunk + 2 * (turn.stage - 1), -turn.stage)
+
+    return sorted(turns, key=moment)
+
+
+def run(
+    tokens_ND: torch.Tensor,
+    weights_NK: torch.Tensor,
+    plan: Plan,
+    wires: Wires,
+    experts: Experts,
+    beside: Callable[[], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hop is under way."""
+    weights = carry_weights(weights_NK, plan)
+    tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
+    ways = [_through(*parts, wires, experts) for parts in zip(tokens, weights, plan.chunks, strict=True)]
+    done: list[torch.Tensor] = list(tokens)
+    turns = schedule(len(plan.chunks[0].moves), len(plan.chunks))
+    beside_output = None
+    for i, (_, chunk) in enumerate(turns):
+        if i == len(plan.chunks) and beside is not None:
+            beside_output = beside()
+        done[chunk] = next(ways[chunk])
+    if beside is not None and beside_output is None:  # one process: there was no hop to run beside
+        beside_output = beside()
+    return torch.cat(done) if len(done) > 1 else done[0], beside_output
+
+
+def _through(
+    tokens: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires, experts: Experts
+) -> Iterator[torch.Tensor]:
+    there = way_there(tokens, chunk, wires)
+    for _ in chunk.moves:
+        yield next(there)
+    yield from way_home(experts(next(there), chunk.counts), weight_n, chunk, wires)

@@ -1,0 +1,129 @@
+"""Wire formats: how a row of numbers is encoded on a hop.
+
+A new format is one pair of functions here and one line in `FORMATS`. Encoded rows are [R, B] of any dtype that the
+backend moves; gloo and older NCCL refuse float8, so 8-bit formats travel as uint8, with their fp32 scales behind.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+FP8_MAX = 448.0  # largest finite e4m3 number
+INT8_MAX = 127.0
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """`encode` makes [R, B] out of rows [R, D]; `decode` makes rows of the wanted dtype again.
+
+    `error` bounds |decode(encode(x)) - x| as a fraction of the largest |x| that shares a scale (of |x| itself for
+    bf16), for values far from the format's underflow.
+    """
+
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    error: float
+
+
+def _scaled(columns: int | None, largest: float, to_byte: Callable, from_byte: Callable, error: float) -> WireFormat:
+    """One byte for each number and one fp32 scale for each `columns` numbers (None: for the row)."""
+
+    def encode(rows_RD: torch.Tensor) -> torch.Tensor:
+        blocks_RGC = _blocks(rows_RD.float(), columns)
+        scale_RG1 = (blocks_RGC.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        byte_RD = to_byte(blocks_RGC / scale_RG1).flatten(1)[:, : rows_RD.shape[1]]
+        return torch.cat([byte_RD, scale_RG1.flatten(1).view(torch.uint8)], dim=1)
+
+    def decode(wire_RB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        d = _width(wire_RB.shape[1], columns)
+        scale_RG1 = wire_RB[:, d:].contiguous().view(torch.float32).unsqueeze(-1)
+        blocks_RGC = _blocks(from_byte(wire_RB[:, :d].contiguous()), columns)
+        return (blocks_RGC * scale_RG1).flatten(1)[:, :d].to(dtype)
+
+    return WireFormat(encode, decode, error)
+
+
+def _blocks(rows_RD: torch.Tensor, columns: int | None) -> torch.Tensor:
+    """[R, D] -> [R, G, C], zeros behind the last column."""
+    d = rows_RD.shape[1]
+    c = columns or d
+    return torch.nn.functional.pad(rows_RD, (0, -d % c)).unflatten(1, (-1, c))
+
+
+def _width(wire_bytes: int, columns: int | None) -> int:
+    """D, from D + 4 * ceil(D / columns) bytes."""
+    if columns is None:
+        return wire_bytes - 4
+    blocks = -(-wire_bytes // (columns + 4))
+    return wire_bytes - 4 * blocks
+
+
+def _to_fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _from_fp8(byte: torch.Tensor) -> torch.Tensor:
+    return byte.view(torch.float8_e4m3fn).float()
+
+
+def _to_int8(x: torch.Tensor) -> torch.Tensor:
+    return x.round().to(torch.int8).view(torch.uint8)
+
+
+def _from_int8(byte: torch.Tensor) -> torch.Tensor:
+    return byte.view(torch.int8).float()
+
+
+FORMATS: dict[str, WireFormat] = {
+    # Rows travel as they are: exact, also for fp64 and for models that run in bf16.
+    "fp32": WireFormat(lambda rows: rows, lambda wire, dtype: wire.to(dtype), 0.0),
+    "bf16": WireFormat(lambda rows: rows.bfloat16(), lambda wire, dtype: wire.to(dtype), 2**-8),
+    "fp8": _scaled(None, FP8_MAX, _to_fp8, _from_fp8, 2**-4),
+    "fp8_128": _scaled(128, FP8_MAX, _to_fp8, _from_fp8, 2**-4),
+    "int8": _scaled(None, INT8_MAX, _to_int8, _from_int8, 0.5 / INT8_MAX),
+}
+
+
+class Direction(Enum):
+    """What a row is on its way for."""
+
+    dispatch = "dispatch"
+    combine = "combine"
+    dispatch_backward = "dispatch backward"
+    combine_backward = "combine backward"
+
+
+@dataclass(frozen=True)
+class HopWires:
+    """The format of each kind of hop."""
+
+    inside: str = "fp32"  # inside a node
+    between: str = "fp32"  # between nodes; also of a flat exchange that leaves the node
+
+    def __post_init__(self) -> None:
+        for key, name in (("inside", self.inside), ("between", self.between)):
+            if name not in FORMATS:
+                raise ValueError(f"unknown wire format {key}={name!r}: use one of {', '.join(FORMATS)}")
+
+
+@dataclass(frozen=True)
+class Wires:
+    """The formats of a dispatcher, for each direction, forward and backward apart."""
+
+    dispatch: HopWires = field(default_factory=HopWires)
+    combine: HopWires = field(default_factory=HopWires)
+    dispatch_backward: HopWires = field(default_factory=HopWires)
+    combine_backward: HopWires = field(default_factory=HopWires)
+
+    @classmethod
+    def uniform(cls, inside: str, between: str) -> "Wires":
+        """The same for all directions."""
+        hop = HopWires(inside, between)
+        return cls(hop, hop, hop, hop)
+
+    def format(self, direction: Direction, crosses_nodes: bool) -> WireFormat:
+        """The format of one hop."""
+        hop: HopWires = getattr(self, direction.name)
+        return FORMATS[hop.between if crosses_nodes else hop.inside]
