@@ -171,8 +171,9 @@ def _rows_of(flat: list[int], rows: int) -> list[list[int]]:
 
 def _without_repeats(rows: torch.Tensor, level: int) -> torch.Tensor:
     """Row counts of a level, [*block, chunks], without the inner dimensions along which they repeat."""
-    inner = rows.dim() - level - 2
-    return rows[(*[slice(None)] * (level + 1), *[0] * inner)]
+    for _ in range(rows.dim() - level - 2):
+        rows = rows.select(level + 1, 0)
+    return rows
 
 
 def _by_chunk(counts: torch.Tensor) -> torch.Tensor:
