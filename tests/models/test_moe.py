@@ -71,6 +71,14 @@ def test_layer_is_the_plain_reference(name, activation, dispatcher):
         torch.testing.assert_close(ours[parameter], theirs[parameter], rtol=1e-10, atol=1e-12, msg=parameter)
 
 
+def test_widths_are_those_of_the_configuration():
+    layer = make_layer(LAYERS["shared expert, own width"])
+    assert (layer.experts.down.shape, layer.shared.down.weight.shape) == ((4, DIM, 20), (DIM, 6))
+    layer = make_layer(LAYERS["residual sum"])
+    assert (layer.experts.down.shape, layer.residual.mlp.down.weight.shape) == ((4, DIM, 20), (DIM, FFN))
+    assert make_layer(LAYERS["one expert"]).experts.down.shape == (1, DIM, FFN)
+
+
 def test_capacity_of_evaluation_is_its_own():
     layer = make_layer(MoEConfig(experts=[4], capacity_factor=None, eval_capacity_factor=0.25, min_capacity=1))
     x = torch.randn(1, 16, DIM, dtype=torch.float64)

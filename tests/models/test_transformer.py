@@ -8,9 +8,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from tests.distributed import run_distributed
 from twohop import configs
-from twohop.comm import Topology, build_dispatcher
 from twohop.models import (
     ModelConfig,
     MoEConfig,
@@ -212,6 +210,17 @@ def test_bf16_autocast_trains():
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_weights_work(name):
+    ids = make_ids(2, 16)
+    exact, model = build(MODELS[name]).eval(), build(MODELS[name], dtype=torch.bfloat16).eval()
+    logits = model(ids, model.new_cache(16)).logits_BTV
+    assert logits.dtype == torch.bfloat16
+    difference = (logits - exact(ids).logits_BTV).norm() / exact(ids).logits_BTV.norm()
+    # 8 bits are 0.4 % at each of some twenty roundings; a token near a tie may also go to another expert.
+    assert difference < 0.2
+
+
 def test_initial_weights_follow_seed_and_name():
     config = tiny(MoEConfig(experts=[2, 4], residual=Residual.learned), dim=64, init_std=0.02)
     first, again, other = (dict(build(config, seed).named_parameters()) for seed in (1, 1, 2))
@@ -233,39 +242,6 @@ def test_initial_weights_do_not_depend_on_dtype_beyond_rounding():
     single, double = build(MODELS["moe"]), build(MODELS["moe"], dtype=torch.float64)
     for one, two in zip(single.parameters(), double.parameters(), strict=True):
         assert torch.equal(one.double(), two)
-
-
-def ep_worker(config: ModelConfig, ep_size: int, ids: torch.Tensor) -> tuple[dict, int, torch.Tensor]:
-    """One rank's parameters, its EP rank, and what it generates."""
-    topology = Topology.discover(ranks_per_node=2, ep_size=ep_size)
-    model = build_model(config, lambda i, num_experts: build_dispatcher("dedup", topology, num_experts))
-    init_weights(model, seed=3)
-    text = generate(model, ids, 8, temperature=0.8, generator=torch.Generator().manual_seed(0))
-    return {name: p.detach() for name, p in model.named_parameters()}, topology.ep_rank, text
-
-
-def test_expert_parallelism_changes_neither_weights_nor_text():
-    config, ids = tiny(MoEConfig(experts=[4, 8])), make_ids(2, 5)
-    whole = build(config, seed=3)
-    text = generate(whole, ids, 8, temperature=0.8, generator=torch.Generator().manual_seed(0))
-    experts = expert_parameters(whole)
-    for ep_size in (2, 4):
-        for parameters, ep_rank, rank_text in run_distributed(ep_worker, 4, config, ep_size, ids):
-            assert torch.equal(rank_text, text)
-            for name, p in whole.named_parameters():
-                share = p.chunk(ep_size)[ep_rank] if name in experts else p
-                assert torch.equal(parameters[name], share), name
-
-
-def one_process_worker(config: ModelConfig, ids: torch.Tensor) -> torch.Tensor | None:
-    """Builds a whole model on rank 0 alone, inside a world of two."""
-    return build(config)(ids).logits_BTV.detach() if torch.distributed.get_rank() == 0 else None
-
-
-def test_a_model_without_dispatchers_needs_no_other_rank():
-    config, ids = tiny(MoEConfig(experts=[4])), make_ids(1, 4)
-    logits, _ = run_distributed(one_process_worker, 2, config, ids, timeout=30)
-    torch.testing.assert_close(logits, build(config)(ids).logits_BTV)
 
 
 @pytest.mark.parametrize(
