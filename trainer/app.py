@@ -57,6 +57,10 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
     Raises:
         UserError: of the composition, or of the task when it is a single job.
     """
+    if any(arg.startswith("--experimental-rerun") for arg in args):
+        raise ConfigError(
+            "--experimental-rerun would unpickle a file, which can run any code: use config.yaml of a run"
+        )
     if joins_outer_launcher() and {"-m", "--multirun"} & set(args):
         raise ConfigError("--multirun under torchrun would make every rank its own sweep: run it without torchrun")
     sweep = Sweep()
@@ -126,8 +130,7 @@ def explain(error: Exception, schema: type) -> str:
     """One line for what Hydra and OmegaConf say in several, with the known key that was probably meant."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text):
-        full_key = re.search(r"full_key: (\S+)", text)
-        key = full_key.group(1) if full_key else found.group(1) or found.group(2)
+        key = found.group(1) or found.group(2)
         return f"unknown key {key!r}{_suggest_key(key, schema)}; `--cfg job` lists all"
     if found := re.search(r"Could not find '([^']+)'", text):
         group, _, option = found.group(1).rpartition("/")

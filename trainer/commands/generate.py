@@ -14,10 +14,10 @@ def main(args: list[str]) -> int:
 
 
 def _quote_prompt(arg: str) -> str:
-    """A prompt is text as it stands: quoted for Hydra's grammar, which would cut spaces and refuse parentheses."""
-    prompt = arg.removeprefix(PROMPT)
-    if prompt == arg or prompt[:1] in ('"', "'"):
+    """A prompt is text as it stands: quoted for Hydra, which would cut spaces, refuse parentheses and fill in ${…}."""
+    if not arg.startswith(PROMPT):
         return arg
-    escaped = re.sub(r'(\\*)(")', r"\1\1\\\2", prompt)  # a quote is escaped, and backslashes before it are doubled
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f'{PROMPT}"{escaped}{escaped[len(escaped) - trailing :]}"'
+    # Both grammars escape with a backslash, and take backslashes for themselves only before what they escape.
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", arg.removeprefix(PROMPT))
+    quoted = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + (m[2] and r"\""), literal)
+    return f'{PROMPT}"{quoted}"'

@@ -1,0 +1,332 @@
+"""The command line as a user meets it: help, composed configurations, errors and exit codes, sweeps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from twohop.trainer import cli, launch
+from twohop.trainer.commands import generate, train
+from twohop.trainer.commands.generate import _quote_prompt
+
+COMMANDS = ("train", "evaluate", "generate", "prepare", "report")
+
+
+def run(line: str, capfd) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command line."""
+    try:
+        code = cli.run(shlex.split(line))
+    except SystemExit as stop:  # Hydra leaves this way after --help
+        code = stop.code or 0
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The configurations that would have been run, instead of worker processes."""
+    calls = []
+    monkeypatch.setattr(launch, "start", lambda worker, config, run_dir: calls.append((config, run_dir)) or {})
+    monkeypatch.setattr(train, "start", launch.start)
+    monkeypatch.setattr("twohop.trainer.stored.start", launch.start)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_needs_neither_torch_nor_hydra():
+    code = (
+        "import sys, twohop.trainer.cli as cli\n"
+        "assert cli.run(['--help']) == 0\n"
+        "slow = {'torch', 'hydra', 'omegaconf', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
+
+
+def test_every_command_has_help(capfd):
+    for command in COMMANDS:
+        code, out, err = run(f"{command} --help", capfd)
+        assert (code, err) == (0, "")
+        assert f"twohop {command}" in out
+    _, out, _ = run("train --help", capfd)
+    for group in ("comm: dedup, flat, hierarchical", "data: stdlib, text, tokens", "experiment: quickstart", "pr_moe"):
+        assert group in out
+
+
+def test_useful_overrides_of_the_help_text_are_real(started, capfd):
+    _, out, _ = run("train --help", capfd)
+    section = out.split("== useful overrides ==")[1].split("twohop train --cfg")[0]
+    overrides = re.findall(r"(?:^| )([a-z_.]+=[^\s;]+)", section, re.MULTILINE)
+    overrides = [text for text in overrides if not re.search(r"DIR|NAME|resume", text)]
+    assert len(overrides) > 12
+    code, _, err = run(f"train {' '.join(overrides)} engine.precision=fp32", capfd)
+    assert (code, err, len(started)) == (0, "", 1)
+
+
+def test_composed_configuration_is_shown(capfd):
+    code, out, _ = run("train model=dense comm=flat train.steps=7 comm.ep_size=1 --cfg job", capfd)
+    shown = OmegaConf.create(out)
+    assert code == 0
+    assert (shown.model.name, shown.comm.dispatcher, shown.train.steps, shown.comm.ep_size) == ("dense", "flat", 7, 1)
+
+
+@pytest.mark.parametrize("option", ["flat", "hierarchical", "dedup"])
+def test_comm_group_chooses_the_dispatcher(option, started, capfd):
+    run(f"train comm={option}", capfd)
+    assert started[0][0].comm.dispatcher == option
+
+
+def test_data_and_tracker_groups(started, capfd):
+    run("train data=text data.files=book.txt tracker=wandb", capfd)
+    config = started[0][0]
+    assert (config.data.source, config.data.files, config.tracker.name) == ("text", ["book.txt"], "wandb")
+    run("train data=tokens data.files=[folder] tracker=none", capfd)
+    assert (started[1][0].data.source, started[1][0].data.files) == ("tokens", ["folder"])
+
+
+def test_quickstart_is_four_processes_as_two_nodes(started, capfd):
+    code, _, _ = run("train experiment=quickstart", capfd)
+    config = started[0][0]
+    assert code == 0
+    assert (config.launch.nproc, config.comm.ranks_per_node, config.model.name) == (4, 2, "pr_moe")
+    assert (config.comm.dispatcher, config.data.source) == ("dedup", "stdlib")
+
+
+def test_every_model_of_the_group_passes_validation(started, capfd):
+    _, out, _ = run("train --help", capfd)
+    models = re.search(r"^model: (.*)$", out, re.MULTILINE).group(1).split(", ")
+    for model in models:
+        code, _, err = run(f"train model={model} train.seq_len=16", capfd)
+        assert (code, err) == (0, "")
+    assert len(started) == len(models)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian", "no command 'trian', did you mean 'train'?"),
+        ("train train.stepz=3", "unknown key 'train.stepz', did you mean 'train.steps'?"),
+        ("train seq_len=3", "unknown key 'seq_len', did you mean 'train.seq_len'?"),
+        ("train modle=moe", "unknown key 'modle', did you mean 'model'?"),
+        ("train +train.stepz=3", "unknown key 'train.stepz', did you mean 'train.steps'?"),
+        ("train model=moee", "model=moee: no such option, did you mean 'moe'?"),
+        ("train train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train engine.precision=fp8", "engine.precision=fp8: Invalid value 'fp8', expected one of [fp32, bf16]"),
+        ("train train.steps", "train.steps: not of the form key=value"),
+        ("train 'model.dim=[1'", "model.dim=[1: not of the form key=value"),
+        ("train 'run.name=${nowhere}'", "Interpolation key 'nowhere' not found"),
+        ("train train.steps=0", "train.steps=0: use 1 or more"),
+        ("train model.moe.router.top_k=100", "model.moe.router.top_k=100 is more than the 4 experts"),
+        ("train launch.nproc=4 comm.ep_size=3", "comm.ep_size=3 does not divide the 4 ranks"),
+        ("train comm.ranks_per_node=2", "comm.ranks_per_node=2 does not divide the 1 ranks"),
+        ("train model.moe.experts=[6] comm.ep_size=4 launch.nproc=4", "6 experts of a layer"),
+        ("train train.seq_len=1000", "train.seq_len=1000 is longer than model.max_seq_len=256"),
+        ("train resume=nowhere", "resume=nowhere: no such folder"),
+        ("train resume=.", "resume=.: it holds no config.yaml"),
+        ("evaluate", "twohop evaluate needs one run folder: twohop evaluate run=DIR"),
+        ("generate run=nowhere", "run=nowhere: no such folder"),
+        ("evaluate run=.", "it holds no config.yaml"),
+        ("report run=. x=1", "x=1: twohop report takes run=DIR and nothing else"),
+        ("report run=.", "no training step to report"),
+        ("prepare train.steps=1", "unknown key 'train.steps'"),
+        ("prepare data=text", "data.files is not set"),
+        ("train --experimental-rerun=job.pickle", "--experimental-rerun would unpickle a file"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(line, message, started, capfd):
+    code, out, err = run(line, capfd)
+    assert code == 2
+    assert err.startswith("twohop: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert out == ""
+    assert started == []
+    assert not os.path.exists("runs")
+
+
+def test_taken_port_is_told_before_anything_starts(started, capfd):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = run(f"train launch.port={port}", capfd)
+    assert (code, started) == (2, [])
+    assert f"launch.port={port} cannot be used" in err
+    assert run(f"train launch.port={port}", capfd)[0] == 0
+
+
+def test_run_folder_holds_the_configuration_and_nothing_of_hydra(started, capfd, tmp_path):
+    run("train train.steps=5 run.name=first", capfd)
+    run_dir = started[0][1]
+    assert run_dir.parent.resolve() == tmp_path / "runs" / "first"
+    assert OmegaConf.load(run_dir / "config.yaml").train.steps == 5
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    run("train run.name=first", capfd)
+    assert started[1][1] != run_dir
+
+
+def test_resume_finds_the_newest_run_with_a_checkpoint(started, capfd, tmp_path):
+    def make(name, *folders):
+        for folder in ("", *folders):
+            (tmp_path / "runs" / "pr_moe" / name / folder).mkdir(parents=True, exist_ok=True)
+
+    code, out, _ = run("train resume=auto", capfd)
+    assert code == 0
+    assert "no checkpoint in runs/pr_moe, so this run starts fresh" in out
+    assert started[-1][0].resume is None
+
+    make("2020-01-01", "checkpoints/step-1")
+    make("2020-01-02", "checkpoints/step-1")
+    make("2020-01-03", "checkpoints/.unfinished-step-1")
+    run("train resume=auto", capfd)
+    config, run_dir = started[-1]
+    assert run_dir.name == "2020-01-02"
+    assert config.resume == str(run_dir)
+    assert not (run_dir / "config.yaml").exists()  # written when the checkpoint has proved to be of this model
+    run("train resume=runs/pr_moe/2020-01-01", capfd)
+    assert started[-1][1].name == "2020-01-01"
+
+    code, _, err = run("train run.dir=runs/pr_moe/2020-01-02", capfd)
+    assert code == 2
+    assert "holds a run already: add resume=auto" in err
+    run("train run.dir=runs/pr_moe/2020-01-02 resume=auto", capfd)
+    assert started[-1][1].name == "2020-01-02"
+
+
+def test_stored_run_is_read_again_with_overrides_on_top(started, capfd):
+    run("train model=dense model.dim=64 comm=flat train.steps=5 run.dir=mine comm.ep_size=1", capfd)
+    assert run("evaluate run=mine eval.batches=3 comm=dedup", capfd)[0] == 0
+    config, run_dir = started[-1]
+    assert str(run_dir) == "mine"
+    assert (config.model.dim, config.train.steps, config.eval.batches) == (64, 5, 3)
+    assert (config.comm.dispatcher, config.comm.ep_size) == ("dedup", [1])
+    assert run("generate run=mine 'generate.prompt= if (a, b): '", capfd)[0] == 0
+    assert started[-1][0].generate.prompt == " if (a, b): "
+
+
+def test_damaged_stored_configuration_is_one_clear_error(started, capfd, tmp_path):
+    for text, message in (
+        ("a: [", "damaged"),
+        ("- 1", "no keys and values"),
+        ("trian: {steps: 1}", "unknown key 'trian'"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        code, _, err = run("evaluate run=.", capfd)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_stored_configuration_cannot_run_code(started, capfd, tmp_path):
+    (tmp_path / "config.yaml").write_text("run: !!python/object/apply:os.mkdir [made]\n")
+    code, _, err = run("generate run=.", capfd)
+    assert code == 2
+    assert "damaged" in err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "def ",
+        ' say "hi"',
+        "a\\",
+        'a\\"b',
+        "x=[1, {2: 3}]",
+        "${oc.env:HOME}",
+        "\\${a}",
+        "#!$%",
+        "'quoted' or not",
+        "é\n\t",
+    ],
+)
+def test_prompt_arrives_as_it_was_typed(prompt, started, capfd):
+    run("train run.dir=mine", capfd)
+    code, _, err = run(f"generate run=mine {shlex.quote('generate.prompt=' + prompt)}", capfd)
+    assert (code, err) == (0, "")
+    assert started[-1][0].generate.prompt == prompt
+
+
+def test_only_prompts_are_quoted():
+    assert _quote_prompt("generate.seed=1") == "generate.seed=1"
+    assert _quote_prompt("generate.prompt=a,b") == 'generate.prompt="a,b"'
+    assert generate.PROMPT == "generate.prompt="
+
+
+def test_prepare_writes_token_files(capfd, tmp_path):
+    (tmp_path / "book.txt").write_text("To be, or not to be. " * 400)
+    code, out, err = run("prepare data=text data.files=book.txt out=tokens", capfd)
+    assert (code, err) == (0, "")
+    assert "data=tokens data.files=tokens" in out
+    assert (tmp_path / "tokens").is_dir()
+
+
+def test_sweep_goes_on_after_a_failed_job_and_says_so(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(train, "WORKER", "tests.trainer.launch_workers:refuse_dense")
+    code, out, err = run("train --multirun model=dense,moe_topk hydra.sweep.dir=sweep", capfd)
+    assert code == 1
+    assert err == "twohop: error: no dense models today\n"
+    assert "sweep: 2 jobs, 1 failed" in out
+    assert re.search(r"0  model=dense  FAILED: no dense models today", out)
+    assert re.search(r"1  model=moe_topk  ok: .*sweep/1", out)
+    assert (tmp_path / "sweep/1/trained").read_text() == "moe_topk"
+    assert OmegaConf.load(tmp_path / "sweep/0/config.yaml").model.name == "dense"
+    assert OmegaConf.load(tmp_path / "sweep/1/config.yaml").model.name == "moe_topk"
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1", "multirun.yaml"]
+
+
+def test_sweep_whose_jobs_all_succeed_exits_with_0(started, capfd):
+    code, out, err = run("train --multirun model=moe,pr_moe comm=flat,dedup", capfd)
+    assert (code, err) == (0, "")
+    assert "sweep: 4 jobs, 0 failed" in out
+    assert [(config.model.name, config.comm.dispatcher) for config, _ in started] == [
+        ("moe", "flat"),
+        ("moe", "dedup"),
+        ("pr_moe", "flat"),
+        ("pr_moe", "dedup"),
+    ]
+    assert len({run_dir for _, run_dir in started}) == 4
+
+
+def test_jobs_of_a_sweep_cannot_share_a_folder(started, capfd):
+    code, _, err = run("train --multirun model=moe,dense run.dir=one", capfd)
+    assert code == 1
+    assert err.count("run.dir=one: the jobs of a sweep cannot share a folder") == 2
+    assert started == []
+
+
+def test_outer_launcher_gives_the_world_and_the_folder_is_left_to_rank_0(started, capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, _ = run("train comm.ep_size=4", capfd)
+    assert code == 0
+    assert started[0][1] is None
+    assert list(tmp_path.iterdir()) == []
+    code, _, err = run("train comm.ep_size=3", capfd)
+    assert (code, err) == (2, "")  # rank 0 speaks for all
+    monkeypatch.setenv("RANK", "0")
+    assert "4 ranks" in run("train comm.ep_size=3", capfd)[2]
+    assert "run it without torchrun" in run("train --multirun seed=1,2", capfd)[2]
+
+
+def test_module_defaults_to_train():
+    module = [sys.executable, "-m", "twohop.trainer"]
+    done = subprocess.run([*module, "train.stepz=1"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "did you mean 'train.steps'?" in done.stderr
+    done = subprocess.run([*module, "evaluate"], capture_output=True, text=True, timeout=60)
+    assert "twohop evaluate run=DIR" in done.stderr
