@@ -197,6 +197,12 @@ def test_a_blackhole_is_silent_and_ends(cluster: Cluster) -> None:
 
 
 @needs_namespaces
+def test_what_a_tool_refuses_is_told(cluster: Cluster) -> None:
+    with pytest.raises(NetlabError, match=r'ip failed: Cannot find device "port7"'):
+        cluster.set_link(7, up=False)
+
+
+@needs_namespaces
 def test_clusters_stand_side_by_side(cluster: Cluster) -> None:
     before = cluster.counters()
     with Cluster(nodes=3, rate="1gbit") as other:
