@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from twohop.trainer.errors import DataError
 from twohop.trainer.metrics import MetricsWriter, write_summary
-from twohop.trainer.plots import _load_map, _thin
+from twohop.trainer.plots import _load_map, _svg, _thin
 from twohop.trainer.report import write_report
 
 PHASES = ("counts", "metadata", "dispatch", "combine", "combine backward", "dispatch backward")
@@ -152,6 +153,15 @@ def test_heat_map_shows_the_load_in_balanced_shares_and_long_runs_are_averaged()
     moe = [json.loads(json.dumps({"moe": {"a": {"load": row.tolist()}}})) for row in load]
     np.testing.assert_allclose(_load_map(moe[:100], "a"), 4 * load[:100].T)
     np.testing.assert_allclose(_load_map(moe, "a"), 4 * load.reshape(120, 10, 4).mean(axis=1).T)
+
+
+def test_pictures_of_one_page_share_no_ids() -> None:
+    def draw(figure: Figure) -> None:
+        figure.subplots().plot([1, 2], marker="o")
+
+    ids = [set(re.findall(r'\bid="([^"]+)"', _svg(name, draw, 2.0))) for name in ("a", "b", "a")]
+    assert ids[0] == ids[2] != set()
+    assert not ids[0] & ids[1]
 
 
 @pytest.mark.parametrize("count", [1, 599, 600, 601, 1201, 5000])
