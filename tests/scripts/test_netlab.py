@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -234,13 +234,24 @@ def test_bytes_on_the_link_agree_with_what_gloo_was_given() -> None:
         assert payload <= traffic.received_bytes <= 1.04 * payload
 
 
-def netlab(*argv: str) -> subprocess.Popen:
-    line = [sys.executable, str(SCRIPTS / "netlab"), *argv]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def netlab() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts the command with these arguments; a test that fails leaves nothing behind either."""
+    started: list[subprocess.Popen] = []
+
+    def start(*argv: str) -> subprocess.Popen:
+        line = [sys.executable, str(SCRIPTS / "netlab"), *argv]
+        started.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @needs_namespaces
-def test_output_exit_code_and_counters_arrive(tmp_path: Path) -> None:
+def test_output_exit_code_and_counters_arrive(netlab: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
     script = "echo out $NODE_RANK; echo err $NODE_RANK >&2; if [ $NODE_RANK = 1 ]; then exit 7; fi; sleep 0.3; exit 5"
     process = netlab("--plain", "--json", str(tmp_path / "out.json"), "--", "sh", "-c", script)
     output, errors = process.communicate(timeout=30)
@@ -253,7 +264,7 @@ def test_output_exit_code_and_counters_arrive(tmp_path: Path) -> None:
 
 
 @needs_namespaces
-def test_survivors_have_a_limited_time() -> None:
+def test_survivors_have_a_limited_time(netlab: Callable[..., subprocess.Popen]) -> None:
     script = "if [ $NODE_RANK = 1 ]; then kill -9 $$; fi; trap 'echo asked to stop; exit' TERM; sleep 1000 & wait"
     process = netlab("--plain", "--grace", "0.2", "--", "sh", "-c", script)
     output, _ = process.communicate(timeout=30)
@@ -271,7 +282,7 @@ def test_survivors_have_a_limited_time() -> None:
         (["--json", "/nowhere/x.json", "--", "true"], "the folder /nowhere does not exist"),
     ],
 )
-def test_bad_input_gives_one_message(argv: list[str], message: str) -> None:
+def test_bad_input_gives_one_message(netlab: Callable[..., subprocess.Popen], argv: list[str], message: str) -> None:
     process = netlab(*argv)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2
@@ -304,7 +315,7 @@ def networks_of(owner: int) -> set[str | None]:
 
 @needs_namespaces
 @pytest.mark.parametrize("ending", ["success", "failure", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(ending: str | signal.Signals, tmp_path: Path) -> None:
+def test_nothing_is_left(netlab: Callable[..., subprocess.Popen], ending: str | signal.Signals, tmp_path: Path) -> None:
     # A command with a child in a session of its own, which no terminal and no process group would reach.
     gate = tmp_path / "gate"
     wait = f"while [ ! -e {gate} ]; do sleep 0.05; done"
