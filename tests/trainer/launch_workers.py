@@ -10,19 +10,22 @@ from twohop.trainer.errors import DataError
 
 
 def answer(config: Config, run_dir: Path) -> dict:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MALLOC_MMAP_MAX_")
-    return {"steps": config.train.steps, "run_dir": str(run_dir), **{name: os.environ[name] for name in names}}
+    """What a worker sees, and a sum that needs all of them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    seen = {name: os.environ[name] for name in (*names, "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")}
 
-
-def meet(config: Config, run_dir: Path) -> dict:
     import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    total = torch.ones(())
+    total = torch.tensor(dist.get_rank())
     dist.all_reduce(total)
     dist.destroy_process_group()
-    return {"valid_loss": total.item()}
+    return {"steps": config.train.steps, "run_dir": str(run_dir), "sum_of_ranks": total.item(), **seen}
+
+
+def own_pid(config: Config, run_dir: Path) -> dict:
+    return {"pid": os.getpid()}
 
 
 def refuse_on_rank_1(config: Config, run_dir: Path) -> dict:
