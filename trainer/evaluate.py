@@ -6,12 +6,11 @@ Shapes: B sequences, T positions, T1 = T + 1, N tokens, V vocabulary.
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from twohop.trainer.setup import Run
-from twohop.trainer.world import rank, world_size
+from twohop.trainer.world import rank, sum_over_world, world_size
 
 
 @torch.no_grad()
@@ -37,8 +36,7 @@ def evaluate(run: Run) -> float:
             logits_BTV = run.model(ids_BT1[:, :-1]).logits_BTV
         if own:
             total += cross_entropy_sum(logits_BTV, ids_BT1[:, 1:])
-    if world_size() > 1:
-        dist.all_reduce(total)
+    sum_over_world(total, "validation loss")
     return float(total) / (num_windows * config.train.seq_len)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from twohop.comm import TrafficMeter
 from twohop.models import MoEStats
-from twohop.trainer.world import gather_objects, world_size
+from twohop.trainer.world import gather_objects, sum_over_world
 
 Traffic = dict[str, dict[str, list[int]]]  # level -> phase -> [bytes, messages]
 
@@ -35,8 +34,7 @@ class StepTotals:
     def reduce(self, num_tokens: int) -> dict[str, Any]:
         """Losses per token, and each layer's loads and drops as fractions, over all ranks. Every rank calls this."""
         assert self._sums is not None
-        if world_size() > 1:
-            dist.all_reduce(self._sums)
+        sum_over_world(self._sums, "losses")
         cross_entropy, aux_loss, *rest = self._sums.tolist()
         layers = {}
         for name, num_experts in zip(self._layer_names, self._experts_by_layer, strict=True):

@@ -1,13 +1,15 @@
 """The world of ranks: how a worker joins it, and how its ranks agree on small things."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from twohop.comm import CommError
 from twohop.trainer.config import CommConfig
 from twohop.trainer.errors import UserError
 
@@ -94,12 +96,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def exchanging(what: str) -> Iterator[None]:
+    """Around collectives: a peer that died or hangs becomes a `CommError` that says what was exchanged."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CommError(f"rank {rank()}, {what}: exchange among all ranks failed: {reason}") from error
+
+
+def sum_over_world(tensor: torch.Tensor, what: str) -> None:
+    """Add up `tensor` over all ranks, in place; every rank gets the same bits and every rank must call this."""
+    if world_size() > 1:
+        with exchanging(what):
+            dist.all_reduce(tensor)
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in the order of ranks. Every rank of the world must call this; for small things."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with exchanging("agreement"):
+        dist.all_gather_object(values, value)
     return values
 
 

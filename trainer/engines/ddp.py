@@ -12,6 +12,7 @@ from twohop.models import Transformer, expert_parameters
 from twohop.trainer.config import Config, Precision
 from twohop.trainer.optim import build_optimizer, set_learning_rate
 from twohop.trainer.state import model_tensors, optimizer_tensors
+from twohop.trainer.world import exchanging, sum_over_world, world_size
 
 BUCKET_BYTES = 32 << 20  # enough to hide the latency of a message, small beside the model
 
@@ -25,7 +26,6 @@ class DdpEngine:
         self.clip_norm = config.optim.clip_norm
         self.precision = config.engine.precision
         self.expert_layers = expert_parameters(model)
-        self.world_group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
         self.buckets = self._make_buckets()
 
     def autocast(self) -> AbstractContextManager:
@@ -77,7 +77,7 @@ class DdpEngine:
 
     def _reduction_group(self, name: str) -> Any:
         if name not in self.expert_layers:
-            return self.world_group
+            return dist.group.WORLD if world_size() > 1 else None
         topology = self.expert_layers[name].dispatcher.topology
         return topology.edp_group if topology.edp_size > 1 else None
 
@@ -91,11 +91,13 @@ class DdpEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         pending = []
-        for group, parameters in self.buckets:
-            flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-            pending.append((dist.all_reduce(flat, group=group, async_op=True), flat, parameters))
-        for work, flat, parameters in pending:
-            work.wait()
+        with exchanging("gradients"):
+            for group, parameters in self.buckets:
+                flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+                pending.append((dist.all_reduce(flat, group=group, async_op=True), flat, parameters))
+            for work, _, _ in pending:
+                work.wait()
+        for _, flat, parameters in pending:
             pieces = flat.split([p.numel() for p in parameters])
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
@@ -115,6 +117,5 @@ class DdpEngine:
                 experts = experts + square / self.expert_layers[name].dispatcher.topology.edp_size
             else:
                 dense = dense + square
-        if self.world_group is not None:
-            dist.all_reduce(experts, group=self.world_group)
+        sum_over_world(experts, "gradient norm")
         return float((dense + experts).sqrt())

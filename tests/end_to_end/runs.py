@@ -1,0 +1,38 @@
+"""What the end-to-end tests run on every rank."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import tiny_config
+from twohop.models import init_weights
+from twohop.trainer.loop import train_step
+from twohop.trainer.setup import Run, set_up
+from twohop.trainer.workers import train
+from twohop.trainer.world import join_world
+
+Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
+
+
+def start(directory: Path, *overrides: str) -> Run:
+    """A fresh tiny run, ready for its first step."""
+    config = tiny_config(directory, *overrides)
+    run = set_up(config, directory / "run", join_world(config.comm))
+    init_weights(run.model, config.seed)
+    return run
+
+
+def curve(directory: Path, overrides: Sequence[str]) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """Loss and gradient norm of every step, and the weights that this rank ends with (its shards of experts)."""
+    run = start(directory, *overrides)
+    records = [train_step(run, step) for step in range(run.config.train.steps)]
+    weights = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    return [(record["loss"], record["grad_norm"]) for record in records], weights
+
+
+def train_run(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A whole training as the command does it, in `run.dir`."""
+    config = tiny_config(directory, *overrides)
+    return train(config, None)

@@ -1,0 +1,74 @@
+"""One seed and one global batch mean one training, however it is spread over processes and dispatched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.end_to_end import runs
+from tests.tiny import write_corpus
+
+
+def curves(directory: Path, nproc: int, *overrides: str) -> list[tuple[runs.Curve, dict[str, torch.Tensor]]]:
+    return run_distributed(runs.curve, nproc, directory, overrides, init=False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("invariants")
+    write_corpus(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one_process(directory: Path) -> runs.Curve:
+    """Four micro-batches a step, accumulated; all experts here."""
+    reference, _ = curves(directory, 1)[0]
+    assert len(reference) == 20
+    losses = [loss for loss, _ in reference]
+    assert losses[-1] < losses[0] - 0.5  # it learns: agreement below is not agreement on noise
+    assert all(norm > 0.5 for _, norm in reference[:5])  # and clipping (0.5) is at work
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("nproc", "ep_size"),
+    [
+        (2, "1"),
+        (2, "2"),
+        (4, "1"),  # data parallel 4
+        (4, "2"),
+        (4, "4"),
+        (4, "[2,4]"),  # every layer with its own groups, as in a PR-MoE pyramid
+    ],
+)
+def test_loss_and_gradient_norm_do_not_depend_on_the_world(
+    directory: Path, one_process: runs.Curve, nproc: int, ep_size: str
+) -> None:
+    found = curves(directory, nproc, f"comm.ep_size={ep_size}")
+    for curve, _ in found:
+        assert curve == found[0][0]  # all ranks report the same bits
+    for step, (ours, theirs) in enumerate(zip(found[0][0], one_process, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+
+
+def test_dispatchers_agree_to_the_bit(directory: Path) -> None:
+    layout = ("comm.ranks_per_node=2", "comm.ep_size=[2,4]", "train.steps=8")
+    flat, hierarchical, dedup = (
+        curves(directory, 4, f"comm.dispatcher={name}", *layout) for name in ("flat", "hierarchical", "dedup")
+    )
+    for rank in range(4):
+        for other in (hierarchical, dedup):
+            assert other[rank][0] == flat[rank][0]
+            for name, weights in flat[rank][1].items():
+                assert torch.equal(other[rank][1][name], weights), name
+
+
+def test_replicas_stay_equal_to_the_bit(directory: Path) -> None:
+    """Dense parameters on all ranks, and the experts of an EDP group, would drift apart if a reduction were wrong."""
+    found = [weights for _, weights in curves(directory, 4, "comm.ep_size=2", "train.steps=5")]
+    for name, weights in found[0].items():
+        is_expert = ".experts." in name
+        assert torch.equal(found[2][name], weights), name  # ranks 0 and 2 hold the same experts
+        assert torch.equal(found[1][name], weights) != is_expert, name

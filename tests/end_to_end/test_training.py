@@ -1,0 +1,276 @@
+"""Whole runs: what is left behind, interruptions, sweeps, and input that cannot be trained on."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.distributed import run_distributed
+from tests.end_to_end import runs
+from tests.tiny import tiny_config, tiny_overrides, write_corpus
+from twohop.comm import CommError
+from twohop.trainer.errors import CheckpointError, ConfigError, UserError
+from twohop.trainer.evaluate import evaluate
+from twohop.trainer.generate import generate_text
+from twohop.trainer.loop import train_step
+from twohop.trainer.metrics import read_metrics, read_summary
+from twohop.trainer.workers import train
+from twohop.trainer.world import join_world, leader_first, rank
+
+TWOHOP = str(Path(sys.executable).with_name("twohop"))
+
+
+def train_steps(directory: Path) -> list[dict[str, Any]]:
+    """The training records of a run, without what depends on the clock."""
+    clock = ("step_s", "tokens_per_s")
+    records = [record for record in read_metrics(directory) if record["kind"] == "train"]
+    return [{key: value for key, value in record.items() if key not in clock} for record in records]
+
+
+def command(directory: Path, *overrides: str) -> list[str]:
+    return [TWOHOP, "train", *tiny_overrides(directory), "launch.nproc=2", *overrides]
+
+
+# A run and what it leaves
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 8 steps on 4 ranks, as 2 nodes × 2."""
+    directory = tmp_path_factory.mktemp("finished")
+    write_corpus(directory)
+    overrides = ["train.steps=8", "eval.every=4", "checkpoint.every=4", "comm.ranks_per_node=2"]
+    first, *others = run_distributed(runs.train_run, 4, directory, overrides, init=False)
+    assert others == [{}, {}, {}]
+    assert first == read_summary(directory / "run")
+    return directory / "run"
+
+
+def test_metrics_hold_every_step(finished: Path) -> None:
+    steps = train_steps(finished)
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    for record in steps:
+        assert record["tokens"] == record["step"] * 8 * 16
+        for layer, experts in (("blocks.1.moe", 4), ("blocks.3.moe", 8)):
+            assert len(record["moe"][layer]["load"]) == experts
+            assert sum(record["moe"][layer]["load"]) == pytest.approx(1)
+            assert 0 <= record["moe"][layer]["dropped"] < 1
+        assert set(record["traffic"]) == {"between nodes", "inside node"}
+    assert any(record["moe"]["blocks.1.moe"]["dropped"] > 0 for record in steps)  # capacity 1.25 overflows
+    assert steps[0]["lr"] == pytest.approx(3e-3 / 5)
+    evaluations = [record for record in read_metrics(finished) if record["kind"] == "eval"]
+    assert [record["step"] for record in evaluations] == [4, 8]
+    assert all(record["valid_perplexity"] == pytest.approx(math.exp(record["valid_loss"])) for record in evaluations)
+
+
+def test_the_summary_counts_the_whole_run(finished: Path) -> None:
+    summary, steps = read_summary(finished), train_steps(finished)
+    assert summary["tokens"] == 8 * 8 * 16
+    assert 2 < summary["unigram_entropy"] < math.log(256)
+    assert summary["sample"].startswith("def ")
+    for level, (sent_bytes, messages) in summary["traffic"].items():
+        assert sent_bytes == sum(pair[0] for record in steps for pair in record["traffic"][level].values()) > 0
+        assert messages == sum(pair[1] for record in steps for pair in record["traffic"][level].values()) > 0
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html"} <= set(os.listdir(finished))
+    assert sorted(os.listdir(finished / "checkpoints")) == ["step-00000004", "step-00000008"]
+    assert "blocks.3.moe" in (finished / "report.html").read_text()
+
+
+# Evaluation and text
+
+
+def evaluated(directory: Path) -> tuple[float, str]:
+    run = runs.start(directory, "eval.batches=0")
+    return evaluate(run), generate_text(run, run.config.generate)
+
+
+def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
+    """The split has a number of windows that neither micro-batches nor ranks divide."""
+    write_corpus(tmp_path)
+    run = runs.start(tmp_path, "eval.batches=0")
+    windows = [run.data.valid.window(i) for i in range(len(run.data.valid))]
+    assert len(windows) % run.config.train.micro_batch
+    with torch.no_grad():
+        losses = [F.cross_entropy(run.model.eval()(ids[None, :-1]).logits_BTV[0], ids[1:]).item() for ids in windows]
+    expected = sum(losses) / len(losses)
+    own_loss, own_text = evaluate(run), generate_text(run, run.config.generate)
+    assert own_loss == pytest.approx(expected, rel=1e-6)
+    assert len(own_text) >= len(run.config.generate.prompt)
+    found = run_distributed(evaluated, 4, tmp_path, init=False)
+    assert {loss for loss, _ in found} == {found[0][0]}
+    assert found[0][0] == pytest.approx(expected, rel=1e-6)
+    assert {text for _, text in found} == {own_text}
+
+
+def test_a_text_longer_than_the_context_is_refused(tmp_path: Path) -> None:
+    run = runs.start(tmp_path, "generate.max_new_tokens=100")
+    with pytest.raises(ConfigError, match="max_new_tokens=100"):
+        generate_text(run, run.config.generate)
+
+
+# Interruptions
+
+
+def kill_a_worker_after(step: int, process: subprocess.Popen, run_dir: Path) -> None:
+    """SIGKILL to one of the run's workers, in the middle of some step after `step`."""
+    deadline = time.monotonic() + 60
+    while len(train_steps(run_dir) if (run_dir / "metrics.jsonl").exists() else []) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+
+
+def test_a_killed_run_continues_to_the_bit(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    lengths = ["train.steps=40", "checkpoint.every=5"]
+    whole = tmp_path / "unbroken"
+    run_distributed(runs.train_run, 2, tmp_path, [*lengths, f"run.dir={whole}"], init=False)
+
+    broken = tmp_path / "run"
+    process = subprocess.Popen(command(tmp_path, *lengths), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kill_a_worker_after(12, process, broken)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "ended by SIGKILL" in output.splitlines()[-1]
+    assert len(train_steps(broken)) < 40
+
+    resumed = subprocess.run(
+        command(tmp_path, *lengths, "resume=auto"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from step" in resumed.stdout
+    assert train_steps(broken) == train_steps(whole)
+    assert read_summary(broken)["valid_loss"] == read_summary(whole)["valid_loss"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("train.steps=9", "checkpoint.every=3", "schedule.warmup_steps=0")
+    train(tiny_config(tmp_path, *settings), None)
+    before = train_steps(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000009"
+    (newest / "__0_0.distcp").write_bytes(b"")
+    capsys.readouterr()
+    train(tiny_config(tmp_path, *settings, "resume=auto"), None)
+    printed = capsys.readouterr().out
+    assert f"checkpoint {newest} is damaged (__0_0.distcp is not what was written)" in printed
+    assert "continuing from step 6" in printed
+    assert train_steps(tmp_path / "run") == before
+
+
+def test_a_finished_run_can_be_resumed_and_lengthened(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, "train.steps=2"), None)
+    again = train(tiny_config(tmp_path, "train.steps=2", "resume=auto"), None)
+    assert again["steps"] == 2
+    assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2]
+    train(tiny_config(tmp_path, "train.steps=3", "resume=auto"), None)
+    assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2, 3]
+
+
+# Input that cannot be trained on
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("model.ffn_dim=64", "model.ffn_dim=32"), ("seed=5", "seed=0"), ("train.seq_len=8", "train.seq_len=16")],
+)
+def test_another_run_is_not_continued(tmp_path: Path, override: str, key: str) -> None:
+    train(tiny_config(tmp_path, "train.steps=1"), None)
+    config_before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match=f"was made with {key}, but this run has {override}"):
+        train(tiny_config(tmp_path, "train.steps=2", "resume=auto", override), None)
+    assert (tmp_path / "run" / "config.yaml").read_text() == config_before
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=100 is smaller than the tokenizer's vocabulary of 257"):
+        train(tiny_config(tmp_path, "model.vocab_size=100"), None)
+
+
+def test_a_loss_that_explodes_ends_the_run_with_a_cure(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*lower optim\.lr=1e\+18"):
+        train(tiny_config(tmp_path, "optim.lr=1e18", "optim.clip_norm=null"), None)
+
+
+def test_a_sweep_survives_a_job_that_fails(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    arguments = [argument for argument in tiny_overrides(tmp_path) if not argument.startswith("run.dir=")]
+    sweep = ["comm=flat,dedup", "optim.lr=1e18,1e-3", "optim.clip_norm=null", "train.steps=2", "launch.nproc=2"]
+    swept = subprocess.run(
+        [TWOHOP, "train", "--multirun", *arguments, *sweep, f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert swept.returncode == 1
+    states = {job: "summary.json" in os.listdir(tmp_path / "sweep" / job) for job in ("0", "1", "2", "3")}
+    assert states == {"0": False, "1": True, "2": False, "3": True}
+    assert "4 jobs, 2 failed" in swept.stdout
+    losses = [read_summary(tmp_path / "sweep" / job)["valid_loss"] for job in ("1", "3")]
+    assert losses[0] == losses[1]  # flat and dedup
+
+
+# Ranks that are missing or stuck
+
+
+def join_unless_rank_1(timeout_s: float) -> str:
+    config = tiny_config(Path("/"), f"comm.init_timeout_s={timeout_s}", "data.files=[x]").comm
+    if os.environ["RANK"] == "1":
+        return ""
+    try:
+        join_world(config)
+    except UserError as error:
+        return str(error)
+    return "joined"
+
+
+def test_a_rank_that_does_not_start_is_named() -> None:
+    problem = run_distributed(join_unless_rank_1, 2, 1.0, init=False)[0]
+    assert problem.startswith("ranks [1] of 2 did not start within comm.init_timeout_s=1")
+
+
+def hang_on_rank_1(directory: Path, overrides: Sequence[str]) -> None:
+    run = runs.start(directory, "comm.timeout_s=2", *overrides)
+    train_step(run, 0)
+    if rank() == 1:
+        time.sleep(60)  # the harness ends it
+    train_step(run, 1)
+
+
+@pytest.mark.parametrize(("ep_size", "named"), [(2, "MoE layer 0"), (1, "gradients")])
+def test_a_rank_that_hangs_does_not_hang_the_others(tmp_path: Path, ep_size: int, named: str) -> None:
+    write_corpus(tmp_path)
+    with pytest.raises(CommError, match=f"rank 0, {named}"):
+        run_distributed(hang_on_rank_1, 2, tmp_path, [f"comm.ep_size={ep_size}"], init=False)
+
+
+def order_of_visits(directory: Path) -> float:
+    join_world(tiny_config(directory).comm)
+
+    def visit() -> float:
+        time.sleep(0.2 if rank() == 0 else 0.0)
+        return time.monotonic()
+
+    return leader_first(visit, 30.0)
+
+
+def test_local_rank_0_goes_first(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    first, *others = run_distributed(order_of_visits, 3, tmp_path, init=False)
+    assert all(moment > first for moment in others)

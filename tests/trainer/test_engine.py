@@ -1,0 +1,156 @@
+"""Engines against one process with plain autograd and torch's own AdamW, in fp64: norm, clipping and weights.
+
+Every engine in `ENGINES` is held to the same tests.
+"""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import run_distributed
+from tests.tiny import tiny_config, write_corpus
+from twohop.comm import Topology, build_dispatcher
+from twohop.models import Transformer, build_model, expert_parameters, init_weights
+from twohop.trainer.engines import ENGINES, build_engine
+from twohop.trainer.engines import ddp as ddp_module
+from twohop.trainer.world import rank, world_size
+
+MICRO_BATCHES = 4
+STEPS = 3
+ALL_TO_EXPERT_0 = "all to expert 0"
+
+
+def batch(step: int, index: int) -> Tensor:
+    """ids [2, 17] of one micro-batch."""
+    return torch.randint(32, (2, 17), generator=torch.Generator().manual_seed(100 * step + index))
+
+
+def loss_of(model: Transformer, ids_BT1: Tensor) -> Tensor:
+    output = model(ids_BT1[:, :-1])
+    cross_entropy = torch.nn.functional.cross_entropy(output.logits_BTV.flatten(0, 1), ids_BT1[:, 1:].flatten())
+    return (cross_entropy + sum(loss for stats in output.moe for loss in stats.losses.values())) / MICRO_BATCHES
+
+
+def prepare(model: Transformer, routing: str) -> None:
+    init_weights(model, 1)
+    model.double()
+    if routing == ALL_TO_EXPERT_0:  # zero logits: top-k takes the first experts, and all others get no token
+        for _, layer in model.moe_layers():
+            torch.nn.init.zeros_(layer.router.gate.weight)
+
+
+def reference(directory: Path, clip_norm: str, routing: str) -> tuple[list[float], dict[str, Tensor]]:
+    config = tiny_config(directory, *overrides(clip_norm))
+    model = build_model(config.model)
+    prepare(model, routing)
+    experts = expert_parameters(model)
+    groups = [
+        {
+            "params": [parameter],
+            "lr": config.optim.lr * (config.optim.expert_lr_scale if name in experts else 1),
+            "weight_decay": 0.0 if parameter.dim() == 1 else config.optim.weight_decay,
+        }
+        for name, parameter in model.named_parameters()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=config.optim.eps, foreach=False)
+    norms = []
+    for step in range(STEPS):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for index in range(MICRO_BATCHES):
+            loss_of(model, batch(step, index)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), float(clip_norm))))
+        optimizer.step()
+    return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def overrides(clip_norm: str) -> list[str]:
+    # Jitter draws from a generator that one process and four use differently; the end-to-end tests have it.
+    return [
+        "model.vocab_size=32",
+        "model.moe.router.jitter=0",
+        f"optim.clip_norm={clip_norm if clip_norm != 'inf' else 'null'}",
+        "optim.eps=1e-3",  # so that an update depends on the size of the gradient, which plain Adam forgets
+    ]
+
+
+def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str) -> tuple:
+    config = tiny_config(directory, f"engine.name={engine_name}", *overrides(clip_norm))
+    topology = Topology.discover()
+    topologies = [topology.with_ep(ep_size) for ep_size in ep_sizes]
+    model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", topologies[i], experts))
+    prepare(model, routing)
+    with patch.object(ddp_module, "BUCKET_BYTES", 4096):  # several buckets for each group
+        engine = build_engine(model, config)
+    norms = []
+    for step in range(STEPS):
+        for index in range(rank(), MICRO_BATCHES, world_size()):
+            engine.backward(loss_of(engine.model, batch(step, index)))
+        norms.append(engine.step(1.0))
+    experts = expert_parameters(model)
+    firsts = {name: layer.dispatcher.first_expert for name, layer in experts.items()}
+    weights = {name: (firsts.get(name), p.detach()) for name, p in engine.model.named_parameters()}
+    return norms, weights
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize(
+    ("nproc", "ep_sizes", "clip_norm", "routing"),
+    [
+        (1, [1, 1], "0.05", "learned"),
+        (2, [2, 2], "inf", "learned"),
+        (4, [1, 1], "0.05", "learned"),
+        (4, [2, 4], "0.05", "learned"),
+        (4, [4, 1], "inf", "learned"),
+        (4, [4, 2], "0.05", ALL_TO_EXPERT_0),  # most ranks' experts get no token and no gradient
+    ],
+)
+def test_norm_clipping_and_weights_are_those_of_one_process(
+    tmp_path: Path, engine: str, nproc: int, ep_sizes: list[int], clip_norm: str, routing: str
+) -> None:
+    write_corpus(tmp_path)
+    expected_norms, expected = reference(tmp_path, clip_norm, routing)
+    for norms, weights in run_distributed(train, nproc, tmp_path, engine, ep_sizes, clip_norm, routing):
+        assert norms == pytest.approx(expected_norms, rel=1e-10)
+        for name, (first_expert, ours) in weights.items():
+            theirs = expected[name]
+            if first_expert is not None:
+                theirs = theirs[first_expert : first_expert + len(ours)]
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path, engine: str) -> None:
+    config = tiny_config(tmp_path, f"engine.name={engine}", *overrides("inf"))
+    model = build_model(config.model)
+    init_weights(model, 0)
+    built = build_engine(model, config)
+    before = [parameter.clone() for parameter in built.model.parameters()]
+    built.backward(loss_of(built.model, batch(0, 0)) * float("inf"))
+    assert not torch.isfinite(torch.tensor(built.step(1.0)))
+    assert all(torch.equal(a, b) for a, b in zip(before, built.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_bf16_is_autocast_over_fp32_parameters(tmp_path: Path, engine: str) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = tiny_config(tmp_path, f"engine.name={engine}", f"engine.precision={precision}", *overrides("1.0"))
+        model = build_model(config.model)
+        init_weights(model, 0)
+        built = build_engine(model, config)
+        with built.autocast():
+            logits = built.model(batch(0, 0)[:, :-1]).logits_BTV
+            loss = loss_of(built.model, batch(0, 0))
+        built.backward(loss)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in built.model.parameters() if p.grad is not None)
+        assert logits.dtype is (torch.bfloat16 if precision == "bf16" else torch.float32)
+        losses[precision] = loss.item()
+    # bf16 keeps 8 bits: a relative error of 2^-9 for each rounding, some dozens of them in a row
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
