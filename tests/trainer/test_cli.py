@@ -216,6 +216,7 @@ def test_stored_run_is_read_again_with_overrides_on_top(started, capfd):
     assert (config.comm.dispatcher, config.comm.ep_size) == ("dedup", [1])
     assert run("generate run=mine 'generate.prompt= if (a, b): '", capfd)[0] == 0
     assert started[-1][0].generate.prompt == " if (a, b): "
+    assert started[-1][0].model.dim == 64
 
 
 def test_damaged_stored_configuration_is_one_clear_error(started, capfd, tmp_path):
