@@ -8,25 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
-    from twohop.comm.dispatcher import Dispatched, TokenDispatcher, build_dispatcher
+    from twohop.comm.cost import CostModel
+    from twohop.comm.dispatcher import AutoOptions, Dispatched, TokenDispatcher, build_dispatcher
     from twohop.comm.errors import CommError
+    from twohop.comm.probe import fit_cost_model
     from twohop.comm.topology import Topology
     from twohop.comm.traffic import TrafficMeter
     from twohop.comm.wire import HopWires, Wires
 
 _HOME = {
     "build_all_to_all": "all_to_all",
+    "CostModel": "cost",
+    "AutoOptions": "dispatcher",
     "Dispatched": "dispatcher",
     "TokenDispatcher": "dispatcher",
     "build_dispatcher": "dispatcher",
     "CommError": "errors",
+    "fit_cost_model": "probe",
     "Topology": "topology",
     "TrafficMeter": "traffic",
     "HopWires": "wire",
     "Wires": "wire",
 }
 __all__ = [
+    "AutoOptions",
     "CommError",
+    "CostModel",
     "Dispatched",
     "HopWires",
     "TokenDispatcher",
@@ -35,6 +42,7 @@ __all__ = [
     "Wires",
     "build_all_to_all",
     "build_dispatcher",
+    "fit_cost_model",
 ]
 
 

@@ -4,7 +4,8 @@ Counts stand as [*block, chunks, F]: one place for each rank of the EP group's g
 walk the route of the rows; an exchange along an axis turns that axis from destinations into sources. So every
 rank on the way learns, from messages of a fixed size, how many rows come and go at each of its hops.
 
-Every message begins with a header: fingerprint of the task, status of the sender, a rank in trouble seen so far.
+Every message begins with a header: fingerprint of the task, status of the sender, and two things known by hearsay:
+a rank in trouble, and the most tokens that any rank brings (by which `auto` chooses its next way).
 """
 
 import math
@@ -19,7 +20,7 @@ from twohop.comm.errors import CommError
 from twohop.comm.exchange import Channel
 from twohop.comm.routes import Hop
 
-HEADER = 3
+HEADER = 4
 ROOM = 1024  # least room for a peer's message, in numbers: a message of another layer must fit too, or gloo aborts
 STATUS = {1: "was given rows that are not finite", 2: "was given wrong arguments"}
 
@@ -64,10 +65,16 @@ class Counts:
     hops: list[HopCounts]
     per_expert: list[list[int]]  # [chunk][local expert]: rows that arrive
     home_n: torch.Tensor  # home rank of each assignment that arrives, by chunk, then in order of arrival
+    most_tokens: int  # of any rank of the group
 
 
 def agree(
-    counts: torch.Tensor, grid: Grid, hops: Sequence[tuple[Hop, Channel]], task: str, status: torch.Tensor
+    counts: torch.Tensor,
+    grid: Grid,
+    hops: Sequence[tuple[Hop, Channel]],
+    task: str,
+    status: torch.Tensor,
+    num_tokens: int,
 ) -> Counts:
     """Walk the counts. Every rank of the EP group must call this.
 
@@ -76,6 +83,7 @@ def agree(
             of each expert, then distinct (token, subtree) pairs of each level, repeated inside the subtree.
         task: what this rank is about to do.
         status: int64 scalar, 0 or a key of STATUS.
+        num_tokens: of this rank.
 
     Raises:
         CommError: a rank is about to do something else, is in trouble, died or did not come.
@@ -84,10 +92,10 @@ def agree(
     wanted = [counts[..., :experts].sum()]
     wanted += [_by_chunk(_without_repeats(counts[..., experts + level], level)) for level in range(levels)]
     level = -1  # the deepest level spread so far: a row is a (token, subtree of this level) pair
-    trouble = torch.zeros_like(status)
+    hearsay = torch.stack([torch.zeros_like(status), torch.full_like(status, num_tokens)])
     for hop, channel in hops:
         level = max((level, *hop.spread))
-        received, trouble, header = _exchange(counts, hop, channel, task, status, trouble)
+        received, hearsay, header = _exchange(counts, hop, channel, task, status, hearsay)
         rows = [_without_repeats(side[..., experts + level], level) for side in (counts, received)]
         wanted += [_by_chunk_and_peer(side, hop.exchange) for side in rows]
         wanted += [_by_chunk_and_peer(side[..., :experts].sum(-1), hop.exchange).sum(0) for side in (counts, received)]
@@ -96,9 +104,11 @@ def agree(
     # What moved last varies slowest among the arrivals of a chunk.
     arrival = [axis for hop, _ in reversed(hops) for axis in hop.exchange]
     per_home = counts[..., :experts].sum(-1).permute(levels, *arrival).reshape(-1)
-    wanted += [counts[..., :experts].sum(dim=list(range(levels))) if levels else counts, per_home.sum()]
+    wanted += [counts[..., :experts].sum(dim=list(range(levels))) if levels else counts, per_home.sum(), hearsay[1]]
 
-    (own, *own_rows), hop_parts, (per_expert, arriving) = _regroup(_to_host(wanted), 1 + levels, 5, len(hops))
+    (own, *own_rows), hop_parts, (per_expert, arriving, most_tokens) = _regroup(
+        _to_host(wanted), 1 + levels, 5, len(hops)
+    )
     for (_, channel), (*_, header_seen) in zip(hops, hop_parts, strict=True):
         _check_headers(header_seen, channel, task)
     home = torch.arange(math.prod(grid.block), device=counts.device).view(grid.block).permute(arrival).reshape(-1)
@@ -111,17 +121,18 @@ def agree(
         ],
         per_expert=_rows_of(per_expert, chunks),
         home_n=home.repeat(chunks).repeat_interleave(per_home, output_size=arriving[0]),
+        most_tokens=most_tokens[0],
     )
 
 
 def _exchange(
-    counts: torch.Tensor, hop: Hop, channel: Channel, task: str, status: torch.Tensor, trouble: torch.Tensor
+    counts: torch.Tensor, hop: Hop, channel: Channel, task: str, status: torch.Tensor, hearsay: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All-to-all along the hop's axes: the peers' counts, the rank in trouble known by now, the peers' headers."""
+    """All-to-all along the hop's axes: the peers' counts, the hearsay with theirs, the peers' headers."""
     to_front, peers = list(range(len(hop.exchange))), len(channel.ranks)
     moved = counts.movedim(hop.exchange, to_front)
     mark = torch.full_like(status, zlib.crc32(task.encode()))
-    header = torch.stack([mark, status, trouble]).expand(peers, HEADER)
+    header = torch.cat([mark[None], status[None], hearsay]).expand(peers, HEADER)
     message = torch.cat([header, moved.reshape(peers, -1)], dim=1)
     length = message.shape[1]
     # Rooms for the others' messages are larger than needed, so that one of another length does no harm.
@@ -131,18 +142,20 @@ def _exchange(
 
     ranks = torch.tensor(channel.ranks, device=counts.device)
     odd = (received[:, 0] != mark) | (received[:, 1] != 0)
-    seen = torch.cat([torch.where(odd, ranks + 1, received[:, 2]), trouble[None]]).max()
-    return received[:, HEADER:].reshape(moved.shape).movedim(to_front, hop.exchange), seen, received[:, :HEADER]
+    trouble = torch.where(odd, ranks + 1, received[:, 2])
+    heard = torch.stack([trouble, received[:, 3]], dim=1)
+    hearsay = torch.cat([heard, hearsay[None]]).amax(0)
+    return received[:, HEADER:].reshape(moved.shape).movedim(to_front, hop.exchange), hearsay, received[:, :HEADER]
 
 
 def _check_headers(header: list[int], channel: Channel, task: str) -> None:
     mark = zlib.crc32(task.encode())
     by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
-    for rank, (theirs, status, _) in by_rank.items():
+    for rank, (theirs, status, *_) in by_rank.items():
         if theirs == mark and status:
             raise CommError(f"{channel.where}, dispatch: rank {rank} {STATUS[status]}")
     others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
-    others = others or [trouble - 1 for *_, trouble in by_rank.values() if trouble][:1]
+    others = others or [trouble - 1 for _, _, trouble, _ in by_rank.values() if trouble][:1]
     if others:
         raise CommError(
             f"{channel.where}, counts: ranks {others} are in trouble or disagree with this rank's {task}; "

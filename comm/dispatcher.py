@@ -1,15 +1,18 @@
 """Token dispatchers: carry tokens to the ranks of their experts, and the experts' results home.
 
+`auto` chooses among the others by a cost model, again when the shapes change.
 `flat`, `hierarchical` and `dedup` differ in their route alone (see `twohop.comm.routes`); with the fp32 wire,
 outputs and all gradients are the same to the bit.
 Shapes: N tokens, D width, K experts per token, R rows at this rank's experts.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from twohop.comm.cost import CostModel, Workload
 from twohop.comm.counts import Grid
 from twohop.comm.exchange import Channel
 from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
@@ -17,7 +20,7 @@ from twohop.comm.plan import Plan, make_plan
 from twohop.comm.routes import ROUTES, Hop
 from twohop.comm.topology import Topology
 from twohop.comm.traffic import TrafficMeter
-from twohop.comm.wire import Wires
+from twohop.comm.wire import Direction, Wires
 
 
 @dataclass(frozen=True)
@@ -28,29 +31,43 @@ class Dispatched:
     counts: list[int]  # rows of each local expert, on the host
     plan: Plan
     weight_n: torch.Tensor  # combine weights, in order of arrival
+    way: "Way"
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """What `auto` chooses by, and from what."""
+
+    model: CostModel
+    tokens: int = 0  # of a rank, expected at the first call; later calls know
+    chunks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    between_wires: tuple[str, ...] = ()  # formats that it may use between nodes; none: it keeps the given wires
+
+
+@dataclass(frozen=True)
+class Way:
+    """How tokens are carried: a route, cut into chunks, encoded."""
+
+    name: str
+    hops: tuple[tuple[Hop, Channel], ...]
+    chunks: int
+    wires: Wires
+
+
+Chooser = Callable[[int, int, int, torch.dtype], Way]  # (most tokens of a rank, K, D, dtype) -> way
 
 
 class TokenDispatcher:
-    """Carries tokens along one route. Make it with `build_dispatcher`; it has no state but its groups."""
+    """Carries tokens. Make it with `build_dispatcher`.
 
-    def __init__(
-        self,
-        name: str,
-        topology: Topology,
-        num_experts: int,
-        chunks: int,
-        wires: Wires,
-        label: str,
-        meter: TrafficMeter | None,
-    ) -> None:
-        self.name, self.topology, self.num_experts = name, topology, num_experts
-        self.chunks, self.wires, self.label = chunks, wires, label
-        axes = [axis for axis in topology.axes if axis.size > 1]  # a level of one rank has nothing to exchange
-        self.grid = Grid(tuple(axis.size for axis in axes), num_experts)
-        self._hops: list[tuple[Hop, Channel]] = []
-        for hop in ROUTES[name](len(axes)) if axes else []:
-            group = axes[hop.exchange[0]].group if len(hop.exchange) == 1 else topology.ep_group
-            self._hops.append((hop, Channel.make(topology, group, label, meter)))
+    It has no state but its groups and, for `auto`, what it knows of the sizes.
+    """
+
+    def __init__(self, topology: Topology, num_experts: int, label: str, choose: Chooser, tokens: int) -> None:
+        self.topology, self.num_experts, self.label = topology, num_experts, label
+        self.grid = Grid(tuple(axis.size for axis in topology.axes if axis.size > 1), num_experts)
+        self._choose = choose
+        self._most_tokens = tokens  # of any rank, at the last call; known to all ranks alike
 
     @property
     def num_local_experts(self) -> int:
@@ -78,10 +95,11 @@ class TokenDispatcher:
             CommError: another rank does something else, has rows that are not finite, died or did not come;
                 names rank, layer and phase.
         """
-        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
+        way = replace(self.way(tokens_ND, expert_ids_NK), chunks=1)
+        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, way)
         (weight_n,) = carry_weights(weights_NK, plan)
         (chunk,) = plan.chunks
-        return Dispatched(last(way_there(tokens_ND, chunk, self.wires)), chunk.counts, plan, weight_n)
+        return Dispatched(last(way_there(tokens_ND, chunk, way.wires)), chunk.counts, plan, weight_n, way)
 
     def combine(self, expert_rows_RD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Weigh the experts' rows, add them up on the way and carry the sums home.
@@ -98,7 +116,7 @@ class TokenDispatcher:
             Differentiable in expert_rows_RD and in the weights given to `dispatch`.
         """
         (chunk,) = dispatched.plan.chunks
-        return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, self.wires))
+        return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
 
     def run(
         self,
@@ -119,24 +137,29 @@ class TokenDispatcher:
         Returns:
             [N, D] as `combine` gives it, and what `beside` returned, or None.
         """
-        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, self.chunks)
-        return run(tokens_ND, weights_NK, plan, self.wires, experts, beside)
+        way = self.way(tokens_ND, expert_ids_NK)
+        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, way)
+        return run(tokens_ND, weights_NK, plan, way.wires, experts, beside)
+
+    def way(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor) -> Way:
+        """How the next call with such tokens carries them; no communication, the same on all ranks."""
+        return self._choose(self._most_tokens, expert_ids_NK.shape[1], tokens_ND.shape[1], tokens_ND.dtype)
 
     @torch.no_grad()
-    def _plan(
-        self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, chunks: int
-    ) -> Plan:
+    def _plan(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, way: Way) -> Plan:
         carried_NK = weights_NK.detach()
         if carried_NK.dtype != torch.float64:
             carried_NK = carried_NK.float()
         k, d, dtype = expert_ids_NK.shape[1], tokens_ND.shape[1], tokens_ND.dtype
         task = (
-            f"{self.name} dispatch of [N, {d}] {dtype} to {k} of {self.num_experts} experts "
-            f"in {chunks} chunks, {self.label}"
+            f"{way.name} dispatch of [N, {d}] {dtype} to {k} of {self.num_experts} experts in {way.chunks} chunks, "
+            f"{self.label}"
         )
         # NaN and infinities survive a sum, so one reduction looks at every number.
         status = (~tokens_ND.detach().sum(dtype=carried_NK.dtype).isfinite()).long()
-        return make_plan(expert_ids_NK, carried_NK, self.grid, self._hops, task, chunks, status)
+        plan = make_plan(expert_ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status)
+        self._most_tokens = plan.most_tokens
+        return plan
 
 
 def build_dispatcher(
@@ -148,22 +171,24 @@ def build_dispatcher(
     wires: Wires | None = None,
     label: str = "",
     meter: TrafficMeter | None = None,
+    auto: AutoOptions | None = None,
 ) -> TokenDispatcher:
-    """Make the dispatcher `name`: flat, hierarchical or dedup. Makes no communication.
+    """Make the dispatcher `name`: flat, hierarchical, dedup, or auto. Makes no communication.
 
     Args:
         topology: its EP group shares the experts.
         num_experts: in the whole layer; a multiple of topology.ep_size.
-        chunks: into how many `run` cuts the tokens to overlap their hops; must be the same on all ranks.
+        chunks: into how many `run` cuts the tokens to overlap their hops; the same on all ranks. `auto` chooses.
         wires: how rows are encoded on each hop; None sends them as they are.
         label: names the layer in errors.
         meter: counts what is sent.
+        auto: what `auto` chooses by; the same on all ranks.
 
     Raises:
-        ValueError: an unknown name, or experts that the EP group cannot share evenly.
+        ValueError: an unknown name, experts that the EP group cannot share evenly, or auto without its options.
     """
-    if name not in ROUTES:
-        raise ValueError(f"unknown dispatcher {name!r}: use one of {', '.join(ROUTES)}")
+    if name not in (*ROUTES, "auto"):
+        raise ValueError(f"unknown dispatcher {name!r}: use one of {', '.join(ROUTES)}, auto")
     if num_experts % topology.ep_size:
         raise ValueError(
             f"{num_experts} experts cannot be shared by {topology.ep_size} expert-parallel ranks: "
@@ -171,4 +196,54 @@ def build_dispatcher(
         )
     if chunks < 1:
         raise ValueError(f"chunks={chunks}: use 1 for no overlap, or more")
-    return TokenDispatcher(name, topology, num_experts, chunks, wires or Wires(), label, meter)
+    wires = wires or Wires()
+    if name != "auto":
+        way = Way(name, _hops(name, topology, label, meter), chunks, wires)
+        return TokenDispatcher(topology, num_experts, label, lambda *_: way, 0)
+    if auto is None:
+        raise ValueError("dispatcher auto needs AutoOptions: fit a cost model or load one")
+    hops = {name: _hops(name, topology, label, meter) for name in ROUTES}
+    return TokenDispatcher(
+        topology, num_experts, label, _by_cost(topology, num_experts, wires, hops, auto), auto.tokens
+    )
+
+
+def _hops(name: str, topology: Topology, label: str, meter: TrafficMeter | None) -> tuple[tuple[Hop, Channel], ...]:
+    axes = [axis for axis in topology.axes if axis.size > 1]  # a level of one rank has nothing to exchange
+    hops = []
+    for hop in ROUTES[name](len(axes)) if axes else []:
+        group = axes[hop.exchange[0]].group if len(hop.exchange) == 1 else topology.ep_group
+        hops.append((hop, Channel.make(topology, group, label, meter)))
+    return tuple(hops)
+
+
+def _by_cost(
+    topology: Topology,
+    num_experts: int,
+    wires: Wires,
+    hops: dict[str, tuple[tuple[Hop, Channel], ...]],
+    options: AutoOptions,
+) -> Chooser:
+    """Chooses by predicted time: a function of its arguments alone, which all ranks know alike."""
+    block = [(axis.name, axis.size) for axis in topology.axes]
+    candidates = [wires.with_between(name) for name in options.between_wires] or [wires]
+
+    @functools.cache
+    def choose(size_class: int, k: int, d: int, dtype: torch.dtype) -> Way:
+        choices = []
+        for used in candidates:
+            inside, between = (used.format(Direction.dispatch, crosses) for crosses in (False, True))
+            work = Workload(
+                tokens=2**size_class,
+                top_k=k,
+                num_experts=num_experts,
+                row_bytes=d * dtype.itemsize,
+                between_row_bytes=between.row_bytes(d, dtype),
+                inside_row_bytes=inside.row_bytes(d, dtype),
+            )
+            choices.append((options.model.choose(work, block, ROUTES, options.chunks), used))
+        choice, used = min(choices, key=lambda pair: pair[0].seconds)
+        return Way(choice.algorithm, hops[choice.algorithm], choice.chunks, used)
+
+    # Sizes are taken to the next power of two, so that small changes do not change the way.
+    return lambda most_tokens, k, d, dtype: choose(max(0, most_tokens - 1).bit_length(), k, d, dtype)

@@ -72,6 +72,7 @@ class Plan:
     weight_n: torch.Tensor  # combine weights of the assignments that arrived, by chunk, in order of arrival
     slot_n: torch.Tensor  # this rank's own assignments: index into the flattened [N, K] ids
     num_slots: int
+    most_tokens: int  # of any rank of the group
 
     def assignments_home(self, value_n: torch.Tensor, phase: str) -> torch.Tensor:
         """One value for each assignment that arrived, home to the slots [N * K] that caused them; 0 elsewhere."""
@@ -103,7 +104,7 @@ def make_plan(
     """
     tokens = _chunk_sizes(len(expert_ids_NK), num_chunks)
     own, slot_n = _own_assignments(expert_ids_NK, weights_NK, grid.num_experts, tokens)
-    counts = agree(_count(own, grid, num_chunks), grid, hops, task, status)
+    counts = agree(_count(own, grid, num_chunks), grid, hops, task, status, len(expert_ids_NK))
     alive = slice(counts.own)
     assignments = Assignments(own.row_n[alive], own.expert_n[alive], own.chunk_n[alive], own.weight_n[alive])
 
@@ -126,7 +127,14 @@ def make_plan(
         Chunk(tokens[c], tuple(moves[c] for moves in moves_by_hop), to_experts[c], sum(per_expert), per_expert)
         for c, per_expert in enumerate(counts.per_expert)
     )
-    return Plan(chunks, tuple(assignment_moves), assignments.weight_n, slot_n[alive], expert_ids_NK.numel())
+    return Plan(
+        chunks=chunks,
+        assignment_moves=tuple(assignment_moves),
+        weight_n=assignments.weight_n,
+        slot_n=slot_n[alive],
+        num_slots=expert_ids_NK.numel(),
+        most_tokens=counts.most_tokens,
+    )
 
 
 def _chunk_sizes(num_tokens: int, chunks: int) -> list[int]:

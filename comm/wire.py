@@ -5,7 +5,7 @@ backend moves; gloo and older NCCL refuse float8, so 8-bit formats travel as uin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -25,6 +25,11 @@ class WireFormat:
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     error: float
+
+    def row_bytes(self, d: int, dtype: torch.dtype) -> int:
+        """Bytes of an encoded row of `d` numbers."""
+        wire_1B = self.encode(torch.zeros(1, d, dtype=dtype))
+        return wire_1B.numel() * wire_1B.element_size()
 
 
 def _scaled(columns: int | None, largest: float, to_byte: Callable, from_byte: Callable, error: float) -> WireFormat:
@@ -122,6 +127,10 @@ class Wires:
         """The same for all directions."""
         hop = HopWires(inside, between)
         return cls(hop, hop, hop, hop)
+
+    def with_between(self, between: str) -> "Wires":
+        """The same, with another format on all hops between nodes."""
+        return Wires(**{d.name: replace(getattr(self, d.name), between=between) for d in Direction})
 
     def format(self, direction: Direction, crosses_nodes: bool) -> WireFormat:
         """The format of one hop."""

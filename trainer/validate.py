@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from twohop.comm.dispatcher import ROUTES
+from twohop.comm.routes import ROUTES
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
 from twohop.trainer.config import Config, DataConfig

@@ -83,7 +83,7 @@ def run_layer(
     weights_NK.requires_grad_()
     local = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local_experts)
     w_EDD = expert_weights(num_experts, x_ND.shape[1], x_ND.dtype)[local].clone().requires_grad_()
-    if dispatcher.chunks > 1:
+    if options.get("chunks", 1) > 1:
         y_ND, _ = dispatcher.run(x_ND, ids_NK, weights_NK, lambda rows, counts: all_experts(rows, counts, w_EDD))
         y_ND.backward(grad_ND)
         return {"y": y_ND.detach(), "x": x_ND.grad, "weights": weights_NK.grad, "experts": w_EDD.grad}
