@@ -124,7 +124,16 @@ MODELS = {
     "dense": tiny(),
     "gqa, swiglu, untied": tiny(num_kv_heads=2, tie_embeddings=False, activation=Activation.swiglu),
     "moe": tiny(MoEConfig(experts=[4])),
-    "pr-moe": tiny(MoEConfig(experts=[2, 4], residual=Residual.sum, capacity_factor=1.0, router=RouterConfig(top_k=1))),
+    # Training would drop most tokens and jitter the rest: so this one also tells evaluation from training.
+    "pr-moe": tiny(
+        MoEConfig(
+            experts=[2, 4],
+            residual=Residual.sum,
+            capacity_factor=0.25,
+            min_capacity=1,
+            router=RouterConfig(top_k=1, jitter=0.5),
+        )
+    ),
 }
 
 
