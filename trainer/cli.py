@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "text from the model of a run: run=DIR generate.prompt='def '",
     "prepare": "write memory-mapped token files: data=text data.files=book.txt out=DIR",
     "report": "write report.html of a run: run=DIR",
+    "bench": "time every way to carry tokens, against the cost model: bench dispatch launch.nproc=4",
 }
 
 USAGE = f"""\

@@ -294,3 +294,36 @@ class PrepareConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = None  # the folder of token files to write; null: data.cache_dir, where training finds it
+
+
+@dataclass
+class BenchConfig:
+    """Everything `twohop bench dispatch` needs: a grid of sizes, each carried in every way."""
+
+    tokens: list[int] = field(default_factory=lambda: [64, 512, 2048])  # of each rank
+    top_k: list[int] = field(default_factory=lambda: [1, 2, 8])
+    dim: list[int] = field(default_factory=lambda: [512])
+    experts: int = 64
+    algorithms: list[str] = field(default_factory=lambda: ["flat", "hierarchical", "dedup"])
+    chunks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    backward: bool = False  # time forward and backward instead of forward alone
+    repeats: int = 5
+    ranks_per_node: int | None = None  # null: from torchrun; a number emulates nodes on one host
+    cost_file: str | None = None  # predict by this model; null: probe first
+    save_cost_file: str | None = None  # where to keep the model, for comm.cost_file
+    json: str | None = None  # where to write all measurements
+    timeout_s: float = 120.0
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("tokens", "top_k", "dim", "algorithms", "chunks"):
+            _require(bool(getattr(self, key)), f"{key}=[]: name at least one value")
+        for key in ("tokens", "top_k", "dim", "chunks"):
+            for value in getattr(self, key):
+                _require(value >= 1, f"{key} contains {value}: use positive numbers")
+        _require(self.repeats >= 1, f"repeats={self.repeats}: use a positive number")
+        _require(self.timeout_s > 0, f"timeout_s={self.timeout_s}: use a positive number of seconds")
+        _require(
+            max(self.top_k) <= self.experts,
+            f"top_k={max(self.top_k)} is more than the {self.experts} experts: lower it or raise experts",
+        )
