@@ -31,17 +31,19 @@ Task = Callable[[Any, Path | None], float | None]
 
 @dataclass
 class Sweep:
-    """The jobs of a sweep: their overrides, their folder, and the error of those that failed."""
+    """The jobs of a sweep: their overrides, their folder, and the value or the error that each ended with."""
 
-    rows: list[tuple[str, Path, Exception | None]] = field(default_factory=list)
+    jobs: list[tuple[list[str], Path, float | None, Exception | None]] = field(default_factory=list)
 
     def finish(self) -> int:
-        """Print the table of jobs; the exit code is 1 if one failed."""
-        failed = sum(error is not None for _, _, error in self.rows)
-        print(f"\nsweep: {len(self.rows)} jobs, {failed} failed", flush=True)
-        for number, (overrides, folder, error) in enumerate(self.rows):
-            state = f"FAILED: {error}" if error else f"ok: {folder}"
-            print(f"  {number}  {overrides or '(no overrides)'}  {state}", flush=True)
+        """Print the table of jobs, told apart by the overrides that not all of them have; 1 if one failed, else 0."""
+        failed = sum(error is not None for *_, error in self.jobs)
+        common = set.intersection(*(set(overrides) for overrides, *_ in self.jobs))
+        print(f"\nsweep: {len(self.jobs)} jobs, {failed} failed")
+        for number, (overrides, folder, value, error) in enumerate(self.jobs):
+            name = " ".join(override for override in overrides if override not in common)
+            result = "" if value is None else f"{value:.4f}  "
+            print(f"  {number}  {name}  {f'FAILED: {error}' if error else f'{result}{folder}'}", flush=True)
         return 1 if failed else 0
 
 
@@ -70,21 +72,20 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
         settings = HydraConfig.get()
         if settings.mode is not RunMode.MULTIRUN:
             return _shielded(lambda: task(to_config(composed, schema), None), refusals.append)
-        folder = Path(settings.runtime.output_dir)
-        overrides = " ".join(settings.overrides.task)
-        print(f"\nsweep: job {settings.job.num}  {overrides}", flush=True)
+        folder, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
+        print(f"\nsweep: job {settings.job.num}  {' '.join(overrides)}", flush=True)
         errors: list[Exception] = []
         value = _shielded(lambda: task(to_config(composed, schema), folder), errors.append)
         for error in errors:
             complain(error)
-        sweep.rows.append((overrides, folder, errors[0] if errors else None))
+        sweep.jobs.append((overrides, folder, value, errors[0] if errors else None))
         return value
 
     ConfigStore.instance().store(name="schema", node=schema, provider="twohop")
     _call_hydra(command, args, job, schema)
     if refusals:
         raise refusals[0]
-    return sweep.finish() if sweep.rows else 0
+    return sweep.finish() if sweep.jobs else 0
 
 
 def _shielded(job: Callable[[], float | None], fail: Callable[[Exception], None]) -> float | None:

@@ -20,10 +20,10 @@ from importlib import import_module
 from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 from twohop.trainer import errors
-from twohop.trainer.config import Config, LaunchConfig
+from twohop.trainer.config import LaunchConfig
 from twohop.trainer.errors import ConfigError, UserError, WorkerError
 
 HOST = "127.0.0.1"
@@ -32,6 +32,12 @@ SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, for workers that do not end by thems
 # glibc gives large blocks back to the kernel and faults them in again at every step; keeping them makes expert
 # layers about a quarter faster on the CPU. A value that the user has set wins.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+
+
+class Launchable(Protocol):
+    """A configuration that says how many processes work on it."""
+
+    launch: LaunchConfig
 
 
 def joins_outer_launcher() -> bool:
@@ -44,7 +50,7 @@ def world_size(config: LaunchConfig) -> int:
     return int(os.environ["WORLD_SIZE"]) if joins_outer_launcher() else config.nproc
 
 
-def start(worker: str, config: Config, run_dir: Path | None) -> dict[str, Any]:
+def start(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, Any]:
     """Run `worker` on all ranks and return rank 0's result; under an outer launcher, this rank's own result.
 
     Args:
@@ -143,7 +149,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _work(worker: str, config: Config, run_dir: Path | None, failures: str) -> dict[str, Any]:
+def _work(worker: str, config: Launchable, run_dir: Path | None, failures: str) -> dict[str, Any]:
     """Body of a worker process. A failure is written down for the parent, which alone speaks to the terminal."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # end at once and silently: the parent says why
@@ -166,22 +172,22 @@ def _work(worker: str, config: Config, run_dir: Path | None, failures: str) -> d
         os._exit(1)  # peers must notice now; an orderly exit may wait for them
 
 
-def _join(worker: str, config: Config, run_dir: Path | None) -> dict[str, Any]:
-    """Be one rank of an outer launcher, which shows the traceback of the first rank that fails."""
+def _join(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, Any]:
+    """Be one rank of an outer launcher; torchrun tells at the end which rank failed first, and why."""
     try:
         return _resolve(worker)(config, run_dir)
-    except UserError as error:
-        if os.environ["RANK"] == "0":
-            raise
-        raise WorkerError(f"rank {os.environ['RANK']}: {error}") from None
     except Exception as error:
-        text = traceback.format_exc()
+        rank, text = os.environ["RANK"], traceback.format_exc()
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             get_error_handler().record_exception(error)
-            text = ""
-        raise WorkerError(f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}", text) from None
+            text = ""  # torchrun shows it
+        if not isinstance(error, UserError):
+            raise WorkerError(f"rank {rank} failed: {type(error).__name__}: {error}", text) from None
+        if rank != "0":
+            raise WorkerError(f"rank {rank}: {error}") from None
+        raise
 
 
 def _resolve(worker: str) -> Any:
