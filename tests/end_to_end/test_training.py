@@ -18,6 +18,7 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
 from twohop.comm import CommError
+from twohop.trainer import workers
 from twohop.trainer.data import micro_batch
 from twohop.trainer.errors import CheckpointError, ConfigError, UserError
 from twohop.trainer.evaluate import evaluate
@@ -207,6 +208,22 @@ def test_a_finished_run_can_be_resumed_and_lengthened(tmp_path: Path) -> None:
     assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2]
     train(tiny_config(tmp_path, "train.steps=3", "resume=auto"), None)
     assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_resumed_run_is_the_same_run_for_its_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def note(config: Any, run_dir: Path, run_id: str, run_config: dict[str, Any]) -> list:
+        started.append((run_id, run_config["model"]["dim"]))
+        return []
+
+    monkeypatch.setattr(workers, "build_trackers", note)
+    for settings in (["train.steps=1"], ["train.steps=2", "resume=auto"]):
+        train(tiny_config(tmp_path, *settings), None)
+    assert started[0] == started[1]
+    assert started[0][0]
+    train(tiny_config(tmp_path, "train.steps=1", f"run.dir={tmp_path / 'other'}"), None)
+    assert started[2] != started[0]
 
 
 # Input that cannot be trained on
