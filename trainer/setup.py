@@ -67,13 +67,16 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     """Build everything but the weights' values. Every rank of the world must call this, after `join_world`.
 
     Raises:
-        ConfigError: the model cannot be built, or its vocabulary is smaller than the tokenizer's.
+        ConfigError: the ranks fill no regular grid of nodes, or model.vocab_size is smaller than the tokenizer's.
         DataError: the data cannot be read.
     """
     data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
     config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config, data)))
     meter = TrafficMeter()
-    topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
+    try:
+        topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
+    except ValueError as error:  # what only the started world can tell, such as nodes of different size
+        raise ConfigError(str(error)) from None
     experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
     ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
 

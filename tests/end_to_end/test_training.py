@@ -246,6 +246,12 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> 
         train(tiny_config(tmp_path, "model.vocab_size=100"), None)
 
 
+def test_ranks_that_fill_no_whole_nodes_are_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    with pytest.raises(ConfigError, match="3 does not divide the world of 2 ranks"):
+        run_distributed(runs.train_run, 2, tmp_path, [], init=False, env={"LOCAL_WORLD_SIZE": "3"})
+
+
 def test_a_loss_that_explodes_ends_the_run_with_a_cure(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step \d+: the loss is .*lower optim\.lr=1e\+18"):
         train(tiny_config(tmp_path, "optim.lr=1e18", "optim.clip_norm=null"), None)
