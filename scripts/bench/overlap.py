@@ -1,0 +1,141 @@
+"""sudo scripts/netlab --nodes 2 --ranks-per-node 4 --rate 200mbit -- python scripts/bench/overlap.py --rate 200mbit
+
+How much of the way is hidden by cutting tokens into chunks: dedup's time ÷ link limit of its bytes, for several numbers
+of chunks; then with experts whose work, alone, takes about as long as the link: step ÷ the larger of the two alone.
+Everything is measured in turn, in one call. Collective; rank 0 prints and writes.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import (
+    DIM,
+    NUM_EXPERTS,
+    Case,
+    Data,
+    bytes_leaving_node,
+    in_turn,
+    join_cluster,
+    machine,
+    rate_argument,
+    slowest,
+    time_once,
+    write_json,
+)
+from rich.console import Console
+from rich.table import Table
+
+from twohop.comm import TokenDispatcher, build_dispatcher
+from twohop.models.config import Activation
+from twohop.models.experts import Experts
+
+CASE = Case(tokens=512, k=8)
+FIRST_FFN_DIM = 64
+
+
+def main() -> None:
+    args = parse_arguments()
+    topology = join_cluster(args.ranks_per_node)
+    console = Console(quiet=topology.rank != 0, width=110)
+    data = Data.make(CASE, topology.rank)
+    limit_s = bytes_leaving_node(CASE, topology) * 8 / args.rate
+    dispatchers = {c: build_dispatcher("dedup", topology, NUM_EXPERTS, chunks=c) for c in args.chunks}
+
+    ffn_dim = fitting_ffn_dim(dispatchers[args.chunks[0]], data, limit_s)
+    experts = Experts(NUM_EXPERTS // topology.ep_size, DIM, ffn_dim, Activation.gelu)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    measures: dict[str, Callable[[], tuple[float, ...]]] = {
+        "experts alone": partial(time_experts, dispatchers[args.chunks[0]], data, experts)
+    }
+    for chunks, dispatcher in dispatchers.items():
+        measures[f"dedup alone, {chunks}"] = partial(time_step, dispatcher, data, lambda rows, counts: rows)
+        measures[f"with experts, {chunks}"] = partial(time_step, dispatcher, data, experts)
+    in_turn(measures, 1)  # opens connections, touches memory
+    seconds = in_turn(measures, args.rounds)
+
+    result = {
+        "machine": machine(),
+        "rate_bits_per_s": args.rate,
+        "tokens": CASE.tokens,
+        "k": CASE.k,
+        "dim": DIM,
+        "num_experts": NUM_EXPERTS,
+        "ffn_dim": ffn_dim,
+        "link_limit_s": limit_s,
+        "seconds": seconds,
+    }
+    console.print(table(args.chunks, seconds, limit_s))
+    if args.json and topology.rank == 0:
+        write_json(args.json, result)
+    dist.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure how well dispatch overlaps with itself and with experts.")
+    parser.add_argument("--rate", type=rate_argument, required=True, help="of the links, e.g. 200mbit")
+    parser.add_argument("--ranks-per-node", type=int, help="emulates nodes on one host")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=7, help="times are medians (default: 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    return parser.parse_args()
+
+
+def time_step(dispatcher: TokenDispatcher, data: Data, experts: Callable) -> tuple[float, ...]:
+    """Seconds of dispatch, experts and combine: forward, and forward and backward. Collective."""
+    return time_once(lambda *inputs: dispatcher.run(*inputs, experts)[0], data)
+
+
+def time_experts(dispatcher: TokenDispatcher, data: Data, experts: Experts) -> tuple[float, ...]:
+    """Seconds of the experts on the rows that they would get, all ranks at once. Collective."""
+    dispatched = dispatcher.dispatch(data.x_ND, data.ids_NK, data.weights_NK)
+    rows_RD = dispatched.rows.detach().requires_grad_()
+    grad_RD = torch.randn(rows_RD.shape)
+    dist.barrier()
+    start = time.perf_counter()
+    y_RD = experts(rows_RD, dispatched.counts)
+    after_forward = time.perf_counter()
+    y_RD.backward(grad_RD)
+    return slowest(after_forward - start, time.perf_counter() - start)
+
+
+def fitting_ffn_dim(dispatcher: TokenDispatcher, data: Data, target_s: float) -> int:
+    """Hidden width with which the experts' forward takes about `target_s`; a multiple of 16. Collective."""
+    trial = Experts(dispatcher.num_local_experts, DIM, FIRST_FFN_DIM, Activation.gelu)
+    for weight in trial.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    seconds, _ = in_turn({"": partial(time_experts, dispatcher, data, trial)}, 5)[""]
+    return max(16, round(FIRST_FFN_DIM * target_s / seconds / 16) * 16)
+
+
+def table(chunks: list[int], seconds: dict[str, tuple[float, ...]], limit_s: float) -> Table:
+    alone = seconds["experts alone"]
+    shown = Table(
+        title=f"link limit {limit_s * 1e3:.0f} ms forward; experts alone {ms(alone)} ms", title_justify="left"
+    )
+    for column in ("chunks", "dedup ms", "÷ link limit", "with experts ms", "÷ larger of the two alone"):
+        shown.add_column(column)
+    for c in chunks:
+        dedup, both = seconds[f"dedup alone, {c}"], seconds[f"with experts, {c}"]
+        ratios = [t / (n * limit_s) for n, t in enumerate(dedup, start=1)]
+        step = [t / max(pair) for t, *pair in zip(both, dedup, alone, strict=True)]
+        shown.add_row(str(c), ms(dedup), two(ratios), ms(both), two(step))
+    return shown
+
+
+def ms(times: Any) -> str:
+    return " ".join(f"{t * 1e3:,.0f}" for t in times)
+
+
+def two(ratios: list[float]) -> str:
+    return " ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+if __name__ == "__main__":
+    main()
