@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
     from twohop.comm.cost import CostModel
+    from twohop.comm.diagnose import announce_failure
     from twohop.comm.dispatcher import AutoOptions, Dispatched, TokenDispatcher, build_dispatcher
     from twohop.comm.errors import CommError
     from twohop.comm.probe import fit_cost_model
@@ -23,6 +24,7 @@ _HOME = {
     "Dispatched": "dispatcher",
     "TokenDispatcher": "dispatcher",
     "build_dispatcher": "dispatcher",
+    "announce_failure": "diagnose",
     "CommError": "errors",
     "fit_cost_model": "probe",
     "Topology": "topology",
@@ -40,6 +42,7 @@ __all__ = [
     "Topology",
     "TrafficMeter",
     "Wires",
+    "announce_failure",
     "build_all_to_all",
     "build_dispatcher",
     "fit_cost_model",

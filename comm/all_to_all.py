@@ -5,6 +5,7 @@ slow network sees M - 1 messages per rank instead of L * (M - 1), each L times l
 (DeepSpeed-MoE 2022; Tutel's 2DH, 2022). Both algorithms return the same bits.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from twohop.comm.counts import WRONG_COUNTS, check_headers, exchange_counts
+from twohop.comm.errors import CommError
 from twohop.comm.exchange import Channel
 from twohop.comm.topology import Topology
 from twohop.comm.traffic import TrafficMeter
@@ -63,65 +66,83 @@ def build_all_to_all(name: str, topology: Topology, *, label: str = "", meter: T
         trailing shape.
 
     Raises:
-        ValueError: unknown name. The function itself raises ValueError for counts that do not fit the rows,
-        on the rank where they are wrong, and CommError when a peer died or did not come.
+        ValueError: unknown name. The function itself raises ValueError for counts that do not fit the rows, on the
+        rank where they are wrong, and CommError on the others, as when a peer does something else, died or did not
+        come.
     """
     if name not in ("flat", "two_level"):
         raise ValueError(f"unknown all-to-all {name!r}: use flat or two_level")
+    title = f"{name} all-to-all"
     axes = [axis for axis in topology.axes if axis.size > 1]
     hops: list[tuple[list[int], Channel]] = []  # axes to exchange along together, innermost level first
     if axes and (name == "flat" or len(axes) == 1):
-        hops = [(list(range(len(axes))), Channel.make(topology, topology.ep_group, label, meter))]
+        hops = [(list(range(len(axes))), Channel.make(topology, topology.ep_group, label, meter, title))]
     elif axes:
-        hops = [([i], Channel.make(topology, axes[i].group, label, meter)) for i in reversed(range(len(axes)))]
+        hops = [([i], Channel.make(topology, axes[i].group, label, meter, title)) for i in reversed(range(len(axes)))]
     block = [axis.size for axis in axes]
 
     def all_to_all(rows: torch.Tensor, send_counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _check(rows, send_counts, topology)
-        way, recv_counts = _make_way(send_counts, block, hops)
+        gradient = "with" if torch.is_grad_enabled() and rows.requires_grad else "without"
+        task = f"{title} of {rows.dtype} rows {list(rows.shape[1:])} {gradient} gradient, {label}"
+        if problem := _problem(rows, send_counts, topology):
+            nothing = torch.zeros(topology.ep_size, dtype=torch.int64, device=rows.device)
+            with contextlib.suppress(CommError):  # the others hear of it in the header of the counts
+                _make_way(nothing, block, hops, task, WRONG_COUNTS)
+            raise ValueError(problem)
+        way, recv_counts = _make_way(send_counts, block, hops, task)
         return _AllToAll.apply(rows, way), recv_counts
 
     return all_to_all
 
 
-def _check(rows: torch.Tensor, send_counts: torch.Tensor, topology: Topology) -> None:
+def _problem(rows: torch.Tensor, send_counts: torch.Tensor, topology: Topology) -> str:
+    """What is wrong with the arguments, or nothing."""
     where = f"rank {topology.rank}: all_to_all"
     if send_counts.shape != (topology.ep_size,) or send_counts.dtype != torch.int64:
-        raise ValueError(
-            f"{where}: send_counts must be int64 [{topology.ep_size}], "
-            f"got {send_counts.dtype} {list(send_counts.shape)}"
-        )
+        got = f"{send_counts.dtype} {list(send_counts.shape)}"
+        return f"{where}: send_counts must be int64 [{topology.ep_size}], got {got}"
     if bool((send_counts < 0).any()) or int(send_counts.sum()) != len(rows):
-        raise ValueError(f"{where}: send_counts {send_counts.tolist()} do not add up to the {len(rows)} rows")
+        return f"{where}: send_counts {send_counts.tolist()} do not add up to the {len(rows)} rows"
+    return ""
 
 
 def _make_way(
-    send_counts: torch.Tensor, block: Sequence[int], hops: Sequence[tuple[list[int], Channel]]
+    send_counts: torch.Tensor,
+    block: Sequence[int],
+    hops: Sequence[tuple[list[int], Channel]],
+    task: str,
+    status: int = 0,
 ) -> tuple[_Way, torch.Tensor]:
     """Exchange the counts hop by hop; an exchange along an axis turns its destinations into sources."""
     counts = send_counts.view(list(block))  # rows of each block, by destination and, once exchanged, by source
     standing = list(range(len(block)))  # how blocks stand: the first dimension varies slowest
-    steps = []
+    own_status, hearsay = counts.new_tensor(status), counts.new_zeros(2)
+    steps, headers = [], []
     for axes, channel in hops:
         moved = [*axes, *(axis for axis in standing if axis not in axes)]
-        peers = len(channel.ranks)
-        outgoing = counts.permute(moved).reshape(peers, -1)
-        incoming = channel.exchange(outgoing, [1] * peers, [1] * peers, "counts")
+        incoming, hearsay, header = exchange_counts(counts, axes, channel, task, own_status, hearsay)
+        headers.append(header)
         steps.append(
             _Step(
                 channel,
                 counts.permute(standing).flatten().tolist(),
                 _block_order(block, standing, moved),
-                outgoing.sum(1).tolist(),
-                incoming.sum(1).tolist(),
+                _by_peer(counts, axes),
+                _by_peer(incoming, axes),
             )
         )
-        inverse = [moved.index(axis) for axis in range(len(block))]
-        counts = incoming.reshape([block[axis] for axis in moved]).permute(inverse)
-        standing = moved
+        counts, standing = incoming, moved
+    for (_, channel), header in zip(hops, headers, strict=True):
+        check_headers(header.flatten().tolist(), channel, task)
     final = list(range(len(block)))
     way = _Way(tuple(steps), counts.permute(standing).flatten().tolist(), _block_order(block, standing, final))
     return way, counts.flatten()
+
+
+def _by_peer(counts: torch.Tensor, axes: Sequence[int]) -> list[int]:
+    """Rows for each peer of an exchange along `axes`."""
+    others = [axis for axis in range(counts.dim()) if axis not in axes]
+    return (counts.sum(others) if others else counts).flatten().tolist()
 
 
 def _block_order(block: Sequence[int], standing: Sequence[int], wanted: Sequence[int]) -> list[int]:

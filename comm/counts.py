@@ -16,13 +16,21 @@ from itertools import accumulate
 
 import torch
 
+from twohop.comm.diagnose import give_up
 from twohop.comm.errors import CommError
 from twohop.comm.exchange import Channel
 from twohop.comm.routes import Hop
 
 HEADER = 4
-ROOM = 1024  # least room for a peer's message, in numbers: a message of another layer must fit too, or gloo aborts
-STATUS = {1: "was given rows that are not finite", 2: "was given wrong arguments"}
+# Rooms for a peer's message, in numbers: one of another layer, or with other chunks, must fit as well.
+LEAST_ROOM, ROOM_FACTOR = 4096, 16
+
+NOT_FINITE, WRONG_COUNTS, WRONG_EXPERTS = 1, 2, 3
+STATUS = {
+    NOT_FINITE: "was given rows that are not finite",
+    WRONG_COUNTS: "was given counts that do not fit its rows",
+    WRONG_EXPERTS: "was given expert ids that the layer does not have",
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def agree(
     hearsay = torch.stack([torch.zeros_like(status), torch.full_like(status, num_tokens)])
     for hop, channel in hops:
         level = max((level, *hop.spread))
-        received, hearsay, header = _exchange(counts, hop, channel, task, status, hearsay)
+        received, hearsay, header = exchange_counts(counts, hop.exchange, channel, task, status, hearsay)
         rows = [_without_repeats(side[..., experts + level], level) for side in (counts, received)]
         wanted += [_by_chunk_and_peer(side, hop.exchange) for side in rows]
         wanted += [_by_chunk_and_peer(side[..., :experts].sum(-1), hop.exchange).sum(0) for side in (counts, received)]
@@ -110,7 +118,7 @@ def agree(
         _to_host(wanted), 1 + levels, 5, len(hops)
     )
     for (_, channel), (*_, header_seen) in zip(hops, hop_parts, strict=True):
-        _check_headers(header_seen, channel, task)
+        check_headers(header_seen, channel, task)
     home = torch.arange(math.prod(grid.block), device=counts.device).view(grid.block).permute(arrival).reshape(-1)
     return Counts(
         own=own[0],
@@ -125,42 +133,59 @@ def agree(
     )
 
 
-def _exchange(
-    counts: torch.Tensor, hop: Hop, channel: Channel, task: str, status: torch.Tensor, hearsay: torch.Tensor
+def exchange_counts(
+    counts: torch.Tensor, axes: Sequence[int], channel: Channel, task: str, status: torch.Tensor, hearsay: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All-to-all along the hop's axes: the peers' counts, the hearsay with theirs, the peers' headers."""
-    to_front, peers = list(range(len(hop.exchange))), len(channel.ranks)
-    moved = counts.movedim(hop.exchange, to_front)
+    """All-to-all along `axes`: the peers' counts, the hearsay with theirs, the peers' headers [peers, HEADER].
+
+    Headers must be read, by `check_headers`, before the counts are used, but only when all hops have been walked:
+    some ranks learn by hearsay alone, on the last one.
+    """
+    to_front, peers = list(range(len(axes))), len(channel.ranks)
+    moved = counts.movedim(tuple(axes), to_front)
     mark = torch.full_like(status, zlib.crc32(task.encode()))
     header = torch.cat([mark[None], status[None], hearsay]).expand(peers, HEADER)
     message = torch.cat([header, moved.reshape(peers, -1)], dim=1)
     length = message.shape[1]
-    # Rooms for the others' messages are larger than needed, so that one of another length does no harm.
-    rooms = [max(length, ROOM) if level != "own rank" else length for level in channel.levels]
-    answer = channel.exchange(message.view(-1), [length] * peers, rooms, "counts")
-    received = torch.stack([room[:length] for room in answer.split(rooms)])
+    room = _room(length)
+    # NCCL wants to know exactly what comes.
+    others = room if message.device.type == "cpu" else length
+    rooms = [length if level == "own rank" else others for level in channel.levels]
+    answer = channel.exchange(message.view(-1), [length] * peers, rooms, "counts", room)
+    received = torch.stack([message[:length] for message in answer.split(rooms)])
 
     ranks = torch.tensor(channel.ranks, device=counts.device)
     odd = (received[:, 0] != mark) | (received[:, 1] != 0)
     trouble = torch.where(odd, ranks + 1, received[:, 2])
     heard = torch.stack([trouble, received[:, 3]], dim=1)
     hearsay = torch.cat([heard, hearsay[None]]).amax(0)
-    return received[:, HEADER:].reshape(moved.shape).movedim(to_front, hop.exchange), hearsay, received[:, :HEADER]
+    return received[:, HEADER:].reshape(moved.shape).movedim(to_front, tuple(axes)), hearsay, received[:, :HEADER]
 
 
-def _check_headers(header: list[int], channel: Channel, task: str) -> None:
+def check_headers(header: list[int], channel: Channel, task: str) -> None:
+    """Raise a CommError that names the ranks of the channel in trouble or about to do anything but `task`."""
     mark = zlib.crc32(task.encode())
     by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
-    for rank, (theirs, status, *_) in by_rank.items():
-        if theirs == mark and status:
-            raise CommError(f"{channel.where}, dispatch: rank {rank} {STATUS[status]}")
+    problems = [f"rank {rank} {STATUS[status]}" for rank, (_, status, *_) in by_rank.items() if status in STATUS]
     others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
     others = others or [trouble - 1 for _, _, trouble, _ in by_rank.values() if trouble][:1]
-    if others:
+    if others and not problems:
+        problems = [f"ranks {others} are in trouble or disagree with this rank's {task}"]
+    if problems:
+        # All hear of it in their headers: to close connections that some still read would hide the reason.
+        heard = give_up(channel.topology, f"{channel.label}, counts, about to do {task}", at_once=False)
         raise CommError(
-            f"{channel.where}, counts: ranks {others} are in trouble or disagree with this rank's {task}; "
-            "every rank must run the same layers in the same order, on finite rows of the same shapes and dtypes"
+            f"{channel.where}, counts: {'; '.join(problems)}. {heard} Every rank must run the same layers in the same "
+            "order, on finite rows of the same shapes and dtypes."
         )
+
+
+def _room(length: int) -> int:
+    """The same for messages of about the same length."""
+    room = LEAST_ROOM
+    while room < length:
+        room *= ROOM_FACTOR
+    return room
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[list[int]]:

@@ -9,11 +9,13 @@ Shapes: N tokens, D width, K experts per token, R rows at this rank's experts.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from twohop.comm.cost import CostModel, Workload
-from twohop.comm.counts import Grid
+from twohop.comm.counts import NOT_FINITE, WRONG_EXPERTS, Grid
+from twohop.comm.diagnose import announce_failure
 from twohop.comm.exchange import Channel
 from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
 from twohop.comm.plan import Plan, make_plan
@@ -92,11 +94,11 @@ class TokenDispatcher:
             differentiable in tokens_ND; the backward is a combine without weights.
 
         Raises:
-            CommError: another rank does something else, has rows that are not finite, died or did not come;
-                names rank, layer and phase.
+            CommError: a rank does something else, has rows that are not finite or experts that do not exist, failed,
+                died or did not come; names rank, layer and phase.
+            ValueError: tokens, ids and weights do not fit each other.
         """
-        way = replace(self.way(tokens_ND, expert_ids_NK), chunks=1)
-        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, way)
+        way, plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
         (weight_n,) = carry_weights(weights_NK, plan)
         (chunk,) = plan.chunks
         return Dispatched(last(way_there(tokens_ND, chunk, way.wires)), chunk.counts, plan, weight_n, way)
@@ -114,7 +116,13 @@ class TokenDispatcher:
             [N, D]: Σ_k weight · expert row for every token of this rank, 0 for a token whose assignments were all
             dropped. Sums run over the experts of a rank, the ranks of a node, the nodes, each in ascending order.
             Differentiable in expert_rows_RD and in the weights given to `dispatch`.
+
+        Raises:
+            CommError: as in `dispatch`.
+            ValueError: other rows than `dispatch` returned, in number or width.
         """
+        with announce_failure(self.topology, f"{self.label}, experts"):
+            _check_expert_rows(expert_rows_RD, dispatched.rows)
         (chunk,) = dispatched.plan.chunks
         return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
 
@@ -124,8 +132,8 @@ class TokenDispatcher:
         expert_ids_NK: torch.Tensor,
         weights_NK: torch.Tensor,
         experts: Experts,
-        beside: Callable[[], torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        beside: Callable[[], Any] | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         """`dispatch`, experts and `combine` in `chunks` chunks that overlap, forward and backward.
 
         Every rank of the EP group must call this, also with N = 0. Arguments and errors as in `dispatch`, and:
@@ -137,29 +145,64 @@ class TokenDispatcher:
         Returns:
             [N, D] as `combine` gives it, and what `beside` returned, or None.
         """
-        way = self.way(tokens_ND, expert_ids_NK)
-        plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, way)
-        return run(tokens_ND, weights_NK, plan, way.wires, experts, beside)
+        way, plan = self._plan(tokens_ND, expert_ids_NK, weights_NK)
+
+        def announced_experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+            with announce_failure(self.topology, f"{self.label}, experts"):
+                expert_rows_RD = experts(rows_RD, counts)
+                _check_expert_rows(expert_rows_RD, rows_RD)
+            return expert_rows_RD
+
+        return run(tokens_ND, weights_NK, plan, way.wires, announced_experts, beside)
 
     def way(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor) -> Way:
         """How the next call with such tokens carries them; no communication, the same on all ranks."""
         return self._choose(self._most_tokens, expert_ids_NK.shape[1], tokens_ND.shape[1], tokens_ND.dtype)
 
-    @torch.no_grad()
-    def _plan(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, way: Way) -> Plan:
+    def _plan(
+        self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, chunks: int | None = None
+    ) -> tuple[Way, Plan]:
+        with announce_failure(self.topology, f"{self.label}, dispatch"):
+            _check_arguments(tokens_ND, expert_ids_NK, weights_NK)
+        way = self.way(tokens_ND, expert_ids_NK)
+        if chunks is not None:
+            way = replace(way, chunks=chunks)
         carried_NK = weights_NK.detach()
         if carried_NK.dtype != torch.float64:
             carried_NK = carried_NK.float()
-        k, d, dtype = expert_ids_NK.shape[1], tokens_ND.shape[1], tokens_ND.dtype
+        # All that decides the sizes of messages, forward and backward, and whether there is a backward.
         task = (
-            f"{way.name} dispatch of [N, {d}] {dtype} to {k} of {self.num_experts} experts in {way.chunks} chunks, "
-            f"{self.label}"
+            f"{way.name} dispatch of [N, {tokens_ND.shape[1]}] {tokens_ND.dtype} to {expert_ids_NK.shape[1]} of "
+            f"{self.num_experts} experts in {way.chunks} chunks, {carried_NK.dtype} weights, {way.wires}, "
+            f"gradients of {_needing_gradient(tokens=tokens_ND, weights=weights_NK)}, {self.label}"
         )
-        # NaN and infinities survive a sum, so one reduction looks at every number.
-        status = (~tokens_ND.detach().sum(dtype=carried_NK.dtype).isfinite()).long()
-        plan = make_plan(expert_ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status)
+        with torch.no_grad():
+            # NaN and infinities survive a sum, so one reduction looks at every number.
+            finite = tokens_ND.sum(dtype=carried_NK.dtype).isfinite()
+            unknown_NK = expert_ids_NK >= self.num_experts
+            status = torch.where(unknown_NK.any(), WRONG_EXPERTS, NOT_FINITE * ~finite)
+            ids_NK = expert_ids_NK.masked_fill(unknown_NK, -1)
+            plan = make_plan(ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status)
         self._most_tokens = plan.most_tokens
-        return plan
+        return way, plan
+
+
+def _check_arguments(tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> None:
+    fits = tokens_ND.dim() == expert_ids_NK.dim() == 2 and len(tokens_ND) == len(expert_ids_NK)
+    types = tokens_ND.is_floating_point() and weights_NK.is_floating_point() and expert_ids_NK.dtype == torch.int64
+    if not fits or not types or weights_NK.shape != expert_ids_NK.shape:
+        given = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (tokens_ND, expert_ids_NK, weights_NK))
+        raise ValueError(f"dispatch takes tokens float [N, D], ids int64 [N, K], weights float [N, K], not {[*given]}")
+
+
+def _check_expert_rows(expert_rows_RD: torch.Tensor, rows_RD: torch.Tensor) -> None:
+    if expert_rows_RD.shape != rows_RD.shape:
+        got, given = list(expert_rows_RD.shape), list(rows_RD.shape)
+        raise ValueError(f"the experts made rows {got} out of {given}: the shape must stay")
+
+
+def _needing_gradient(**tensors: torch.Tensor) -> list[str]:
+    return [name for name, tensor in tensors.items() if torch.is_grad_enabled() and tensor.requires_grad]
 
 
 def build_dispatcher(
@@ -213,7 +256,7 @@ def _hops(name: str, topology: Topology, label: str, meter: TrafficMeter | None)
     hops = []
     for hop in ROUTES[name](len(axes)) if axes else []:
         group = axes[hop.exchange[0]].group if len(hop.exchange) == 1 else topology.ep_group
-        hops.append((hop, Channel.make(topology, group, label, meter)))
+        hops.append((hop, Channel.make(topology, group, label, meter, f"{name} dispatch")))
     return tuple(hops)
 
 

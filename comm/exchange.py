@@ -1,5 +1,13 @@
-"""One hop: rows move among the ranks of one group, metered, with a deadline, and a name for every failure."""
+"""One hop: rows move among the ranks of one group, metered, with a deadline, and a name for every failure.
 
+gloo ends a process, past any exception, when a message is larger than the room that waits for it. So sizes come
+from counts on which all ranks have agreed, and beyond that every message bears a tag made of its layer, phase and
+size: what a rank sends that has lost its way, because it skipped a combine or the backward of a layer, meets no
+receive of another kind. Its peers then wait until the deadline, and learn from the roll call where it is. NCCL
+knows no tags, and its errors end the process by its own watchdog.
+"""
+
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from twohop.comm.diagnose import explain
+from twohop.comm.diagnose import give_up
 from twohop.comm.errors import CommError
 from twohop.comm.topology import Topology
 from twohop.comm.traffic import TrafficMeter
@@ -23,13 +31,16 @@ class Channel:
     topology: Topology
     label: str  # the layer, for errors
     meter: TrafficMeter | None = None
+    algorithm: str = ""  # for errors: ranks that take different ways wait in different groups
 
     @classmethod
-    def make(cls, topology: Topology, group: Any, label: str, meter: TrafficMeter | None) -> "Channel":
+    def make(
+        cls, topology: Topology, group: Any, label: str, meter: TrafficMeter | None, algorithm: str = ""
+    ) -> "Channel":
         """A channel over `group`, which must be one of the topology's. Makes no communication."""
         ranks = tuple(dist.get_process_group_ranks(group))
         levels = tuple(topology.traffic_level(peer) for peer in ranks)
-        return cls(group, ranks, levels, topology, label, meter)
+        return cls(group, ranks, levels, topology, label, meter, algorithm)
 
     @property
     def where(self) -> str:
@@ -42,7 +53,12 @@ class Channel:
         return any(level.startswith("between") for level in self.levels)
 
     def start(
-        self, rows: torch.Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], phase: str
+        self,
+        rows: torch.Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        phase: str,
+        room: int | None = None,
     ) -> "Pending":
         """Begin to send `send_splits[p]` consecutive rows to each peer p. Every rank of the group must call this.
 
@@ -50,16 +66,24 @@ class Channel:
             rows: [sum(send_splits), ...], any dtype that the backend moves, in order of the peers.
             send_splits, recv_splits: rows for, and from, each peer; the two sides must agree.
             phase: what the rows are for, in errors and on the meter.
+            room: rows that each of `recv_splits` may hold though fewer come; ranks with equal room, at any layer,
+                can then hear each other. gloo only.
 
         Raises:
-            CommError: a peer died.
+            CommError: a peer died, or this topology has failed before.
         """
+        board = self.topology.board
+        if board is not None and board.over:
+            raise CommError(f"{self.where}, {phase}: this topology has failed before; discover a new one to go on")
         rows = rows.contiguous()
         received = rows.new_empty((sum(recv_splits), *rows.shape[1:]))
+        sent, came = rows.split(list(send_splits)), received.split(list(recv_splits))
         try:
-            work = dist.all_to_all_single(
-                received, rows, list(recv_splits), list(send_splits), group=self.group, async_op=True
-            )
+            if dist.get_backend(self.group) == "gloo":
+                works = self._start_pairwise(sent, came, phase, room)
+            else:
+                splits = (list(recv_splits), list(send_splits))
+                works = [dist.all_to_all_single(received, rows, *splits, group=self.group, async_op=True)]
         except RuntimeError as error:
             raise self.failure(phase, error) from error
         if self.meter is not None:
@@ -67,19 +91,54 @@ class Channel:
             for level, count in zip(self.levels, send_splits, strict=True):
                 if level != "own rank" and count:
                     self.meter.record(level, phase, count * row_bytes, 1)
-        return Pending(self, phase, work, rows, received)
+        return Pending(self, phase, works, rows, received)
+
+    def _start_pairwise(
+        self, sent: Sequence[torch.Tensor], came: Sequence[torch.Tensor], phase: str, room: int | None
+    ) -> list[Any]:
+        """Post receives before sends.
+
+        Gloo's own all-to-all posts its sends first, and then two ranks take turns on their connection instead of
+        using both directions of the link at once.
+        """
+
+        def tag(block: torch.Tensor) -> int:
+            kind = f"{phase} {room}" if room else f"{self.label} {phase} {block.numel() * block.element_size()}"
+            return zlib.crc32(kind.encode()) >> 1
+
+        works = []
+        for rank, block in zip(self.ranks, came, strict=True):
+            if rank != self.topology.rank and block.numel():
+                works.append(dist.irecv(block, rank, self.group, tag(block)))
+        for rank, block, arrival in zip(self.ranks, sent, came, strict=True):
+            if rank == self.topology.rank:
+                arrival.copy_(block)
+            elif block.numel():
+                works.append(dist.isend(block, rank, self.group, tag(block)))
+        return works
 
     def exchange(
-        self, rows: torch.Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], phase: str
+        self,
+        rows: torch.Tensor,
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        phase: str,
+        room: int | None = None,
     ) -> torch.Tensor:
         """`start` and wait: [sum(recv_splits), ...], what the peers sent, in order of the peers."""
-        return self.start(rows, send_splits, recv_splits, phase).wait()
+        return self.start(rows, send_splits, recv_splits, phase, room).wait()
 
     def failure(self, phase: str, error: Exception) -> CommError:
         """The CommError for a transport error, with what the other ranks say of themselves."""
         reason = " ".join(str(error).split())
-        message = f"{self.where}, {phase}: the exchange among ranks {list(self.ranks)} failed. "
-        return CommError(message + explain(self.topology, f"{self.label}, {phase}") + f" (transport: {reason})")
+        heard = give_up(self.topology, self.place(phase))
+        return CommError(
+            f"{self.where}, {phase}: the exchange among ranks {list(self.ranks)} failed. {heard} (transport: {reason})"
+        )
+
+    def place(self, phase: str) -> str:
+        """Where this rank is, as the others read it."""
+        return ", ".join(part for part in (self.label, phase, self.algorithm) if part)
 
 
 @dataclass
@@ -88,14 +147,15 @@ class Pending:
 
     channel: Channel
     phase: str
-    work: Any
+    works: list[Any]
     sent: torch.Tensor | None
     received: torch.Tensor
 
     def wait(self) -> torch.Tensor:
-        """What the peers sent, or a CommError when one died or did not come within the group's deadline."""
+        """What the peers sent, or a CommError when one died, failed or did not come within the group's deadline."""
         try:
-            self.work.wait()
+            for work in self.works:
+                work.wait()
         except RuntimeError as error:
             raise self.channel.failure(self.phase, error) from error
         self.sent = None

@@ -208,21 +208,20 @@ def run(
     plan: Plan,
     wires: Wires,
     experts: Experts,
-    beside: Callable[[], torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    beside: Callable[[], Any] | None,
+) -> tuple[torch.Tensor, Any]:
     """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hop is under way."""
     weights = carry_weights(weights_NK, plan)
     tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
     ways = [_through(*parts, wires, experts) for parts in zip(tokens, weights, plan.chunks, strict=True)]
     done: list[torch.Tensor] = list(tokens)
     turns = schedule(len(plan.chunks[0].moves), len(plan.chunks))
-    beside_output = None
-    for i, (_, chunk) in enumerate(turns):
-        if i == len(plan.chunks) and beside is not None:
-            beside_output = beside()
+    first_hops, rest = turns[: len(ways)], turns[len(ways) :]
+    for _, chunk in first_hops:
         done[chunk] = next(ways[chunk])
-    if beside is not None and beside_output is None:  # one process: there was no hop to run beside
-        beside_output = beside()
+    beside_output = None if beside is None else beside()
+    for _, chunk in rest:
+        done[chunk] = next(ways[chunk])
     return torch.cat(done) if len(done) > 1 else done[0], beside_output
 
 

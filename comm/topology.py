@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from twohop.comm.diagnose import NoticeBoard, hang_up
+from twohop.comm.errors import CommError
+
 LEVEL_NAMES = ("rack", "node", "local")  # the last ones are taken: two levels are (node, local)
 TRAFFIC_NAMES = {"rack": "between racks", "node": "between nodes", "local": "inside node"}
 
@@ -40,10 +43,19 @@ class Topology:
         axes: the levels of the EP group, outermost first, each with the group of one row along it.
         world_group: all ranks; None, as are all groups, when the world is one process.
         mesh: DeviceMesh with the dimensions ("edp", "ep"), for DTensors of expert parameters; None in one process.
+        board: where ranks tell of failures; shared by all layouts, None in one process.
     """
 
-    def __init__(self, levels: tuple[int, ...], ep_size: int, rank: int, timeout_s: float, family: dict) -> None:
-        self.levels, self.rank, self.timeout_s = levels, rank, timeout_s
+    def __init__(
+        self,
+        levels: tuple[int, ...],
+        ep_size: int,
+        rank: int,
+        timeout_s: float,
+        family: dict,
+        board: NoticeBoard | None,
+    ) -> None:
+        self.levels, self.rank, self.timeout_s, self.board = levels, rank, timeout_s, board
         self.world_size = math.prod(levels)
         self._family = family  # ep_size -> Topology, shared by all layouts of this world
         self.block = ep_block(levels, ep_size)
@@ -90,27 +102,37 @@ class Topology:
 
         Raises:
             ValueError: the ranks do not fill the grid, or ep_size does not divide the world.
+            CommError: ranks ask for different layouts, died or did not come; names them.
         """
         distributed = dist.is_available() and dist.is_initialized()
         world_size = dist.get_world_size() if distributed else 1
         rank = dist.get_rank() if distributed else 0
+        board = NoticeBoard(rank, timeout_s) if world_size > 1 else None
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+        if board is not None:
+            asked = f"levels={levels}, ranks_per_node={ranks_per_node}, ep_size={ep_size}"
+            _check_asked(
+                board.meet("layout", f"{local_world_size} {asked}", world_size), rank, ranks_per_node or levels
+            )
         if levels is None:
-            levels = world_levels(world_size, ranks_per_node or _local_world_size(world_size))
+            levels = world_levels(world_size, ranks_per_node or local_world_size)
         elif math.prod(levels) != world_size or not 1 <= len(levels) <= len(LEVEL_NAMES):
             raise ValueError(f"levels={levels} hold {math.prod(levels)} ranks, but the world has {world_size}")
         check_ep_size(ep_size or world_size, world_size)
-        return cls(levels, ep_size or world_size, rank, timeout_s, {})
+        return cls(levels, ep_size or world_size, rank, timeout_s, {}, board)
 
     @classmethod
     def one_process(cls) -> "Topology":
         """A world of this process alone, whatever process group there is; no other rank needs to call this."""
-        return cls((1, 1), ep_size=1, rank=0, timeout_s=1.0, family={})
+        return cls((1, 1), ep_size=1, rank=0, timeout_s=1.0, family={}, board=None)
 
     def with_ep(self, ep_size: int) -> "Topology":
         """The same ranks with another EP size. Every rank of the world must call this; layouts are made once."""
         if ep_size not in self._family:
             check_ep_size(ep_size, self.world_size)
-            Topology(self.levels, ep_size, self.rank, self.timeout_s, self._family)
+            if self.board is not None:
+                self.board.meet(f"layout of EP {ep_size}", "", self.world_size)
+            Topology(self.levels, ep_size, self.rank, self.timeout_s, self._family, self.board)
         return self._family[ep_size]
 
     @property
@@ -137,11 +159,23 @@ class Topology:
                 return TRAFFIC_NAMES[name]
         return "own rank"
 
+    def hang_up(self) -> None:
+        """Close the connections over which rows move, in all layouts, so that no peer waits for this rank. For ever."""
+        for layout in self._family.values():
+            for group in {layout.ep_group, *(axis.group for axis in layout.axes)} - {None}:
+                hang_up(group)
+
     def _make_group(self, groups_of_ranks: torch.Tensor) -> Any:
         if self.world_size == 1:
             return None
         timeout = timedelta(seconds=self.timeout_s)
-        group, _ = dist.new_subgroups_by_enumeration(groups_of_ranks.tolist(), timeout=timeout)
+        try:
+            group, _ = dist.new_subgroups_by_enumeration(groups_of_ranks.tolist(), timeout=timeout)
+        except RuntimeError as error:
+            assert self.board is not None
+            self.board.leave("topology, making groups")
+            heard = self.board.listen("topology, making groups", range(self.world_size))
+            raise CommError(f"rank {self.rank}, topology: groups cannot be made. {heard} ({error})") from error
         return group
 
     def _make_axes(self, ranks_edp_ep: torch.Tensor) -> tuple[Axis, ...]:
@@ -206,16 +240,15 @@ def block_coordinates(block: tuple[int, ...]) -> list[tuple[int, ...]]:
     return list(product(*(range(size) for size in block)))
 
 
-def _local_world_size(world_size: int) -> int:
-    """Ranks on this node; ragged nodes are refused on every rank alike, lest each computes another grid and waits."""
-    own = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if world_size == 1:
-        return 1
-    sizes: list[Any] = [None] * world_size
-    dist.all_gather_object(sizes, own)
-    if len(set(sizes)) > 1:
+def _check_asked(asked: list[str], rank: int, emulated: object) -> None:
+    """Refuse, on every rank alike, what would make each compute another grid and wait for groups of its own."""
+    sizes, layouts = zip(*(words.split(" ", 1) for words in asked), strict=True)
+    if len(set(layouts)) > 1:
+        by_layout = {layout: [r for r, other in enumerate(layouts) if other == layout] for layout in layouts}
+        listed = "; ".join(f"ranks {ranks} ask for {layout}" for layout, ranks in by_layout.items())
+        raise CommError(f"rank {rank}, topology, layout: {listed}")
+    if not emulated and len(set(sizes)) > 1:
         raise ValueError(
-            f"ragged nodes: the ranks see {sorted(set(sizes))} ranks on their nodes; "
+            f"ragged nodes: the ranks see {sorted(map(int, set(sizes)))} ranks on their nodes; "
             "start the same number of ranks on every node, or set ranks_per_node"
         )
-    return own

@@ -46,16 +46,20 @@ class MoELayer(nn.Module):
         routing = self.router(x_ND)
         ids_NK, weights_NK = self._apply_capacity(routing)
 
-        dispatched = self.dispatcher.dispatch(x_ND, ids_NK, weights_NK)
-        expert_rows_RD = self.experts(dispatched.rows, dispatched.counts)
-        y_ND = self.dispatcher.combine(expert_rows_RD, dispatched)
-
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
+        y_ND, (shared_ND, dense_ND) = self.dispatcher.run(
+            x_ND, ids_NK, weights_NK, self.experts, beside=lambda: self._beside(x_ND)
+        )
+        if shared_ND is not None:
+            y_ND = y_ND + shared_ND
         if self.residual is not None:
-            y_ND = self.residual(x_ND, y_ND)
+            y_ND = self.residual(x_ND, y_ND, dense_ND)
         dropped = (ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         return y_ND.view_as(x_BTD), MoEStats(routing.losses, routing.load_E, dropped)
+
+    def _beside(self, x_ND: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What needs no exchange and therefore runs beside the first hop: shared expert, dense MLP of the residual."""
+        shared_ND = None if self.shared is None else self.shared(x_ND)
+        return shared_ND, None if self.residual is None else self.residual.mlp(x_ND)
 
     def _apply_capacity(self, routing: Routing) -> tuple[Tensor, Tensor]:
         moe = self.config
@@ -84,9 +88,8 @@ class ResidualBranch(nn.Module):
         self.mlp = FeedForward(config.dim, config.ffn_dim, config.activation)
         self.mix = nn.Linear(config.dim, 2) if config.moe.residual is Residual.learned else None
 
-    def forward(self, x_ND: Tensor, routed_ND: Tensor) -> Tensor:
-        """Layer input and the experts' sum, both [N, D] → [N, D]."""
-        dense_ND = self.mlp(x_ND)
+    def forward(self, x_ND: Tensor, routed_ND: Tensor, dense_ND: Tensor) -> Tensor:
+        """Layer input, the experts' sum and what `mlp` made of the input, all [N, D] → [N, D]."""
         if self.mix is None:
             return routed_ND + dense_ND
         routed_part_N1, dense_part_N1 = self.mix(x_ND).softmax(-1).chunk(2, -1)

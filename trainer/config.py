@@ -55,10 +55,32 @@ def _listed(value: Any, kind: type, key: str, wanted: str) -> list:
 
 
 @dataclass
+class HopWireConfig:
+    """How rows are encoded on each kind of hop: fp32 (as they are), bf16, fp8, fp8_128 or int8."""
+
+    inside: str = "fp32"  # inside a node
+    between: str = "fp32"  # between nodes
+
+
+@dataclass
+class WireConfig:
+    """Wire formats of each direction, forward and backward apart."""
+
+    dispatch: HopWireConfig = field(default_factory=HopWireConfig)
+    combine: HopWireConfig = field(default_factory=HopWireConfig)
+    dispatch_backward: HopWireConfig = field(default_factory=HopWireConfig)
+    combine_backward: HopWireConfig = field(default_factory=HopWireConfig)
+
+
+@dataclass
 class CommConfig:
     """How tokens travel to their experts."""
 
-    dispatcher: str = "dedup"  # flat | hierarchical | dedup
+    dispatcher: str = "dedup"  # flat | hierarchical | dedup | auto
+    chunks: int = 1  # parts of the tokens whose hops and experts overlap; auto chooses by itself
+    wire: WireConfig = field(default_factory=WireConfig)
+    auto_wires: list[str] = field(default_factory=list)  # formats that auto may choose between nodes; []: keeps wire
+    cost_file: str | None = None  # auto: predict by this model; null: probe the network at start-up
     ranks_per_node: int | None = None  # null: from torchrun; a number emulates nodes on one host
     # One size for all MoE layers, or a list with one for each; null: the largest that divides a layer's experts and
     # the world, which is min(experts, world) for powers of two. Always a list once validated, empty for null.
@@ -70,6 +92,16 @@ class CommConfig:
         for key in ("init_timeout_s", "timeout_s"):
             value = getattr(self, key)
             _require(value > 0, f"comm.{key}={value}: use a positive number of seconds")
+        _require(self.chunks >= 1, f"comm.chunks={self.chunks}: use 1 for no overlap, or more")
+        for key in ("auto_wires", "cost_file"):
+            _require(
+                self.dispatcher == "auto" or not getattr(self, key),
+                f"comm.{key} has no use with comm.dispatcher={self.dispatcher}: add comm=auto or leave it out",
+            )
+        _require(
+            self.dispatcher != "auto" or self.chunks == 1,
+            f"comm.chunks={self.chunks} has no use with comm=auto, which chooses: leave it out",
+        )
         _require(
             self.ranks_per_node is None or self.ranks_per_node >= 1,
             f"comm.ranks_per_node={self.ranks_per_node}: use a positive number, or null for torchrun's value",

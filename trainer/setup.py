@@ -1,6 +1,6 @@
 """From a `Config` to everything that a worker needs: topology, data, model, engine."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,17 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from twohop.comm import TokenDispatcher, Topology, TrafficMeter, build_dispatcher
+from twohop.comm import (
+    AutoOptions,
+    CostModel,
+    HopWires,
+    TokenDispatcher,
+    Topology,
+    TrafficMeter,
+    Wires,
+    build_dispatcher,
+    fit_cost_model,
+)
 from twohop.models import Transformer, build_model, parameter_counts
 from twohop.trainer.checkpoint import CheckpointStore
 from twohop.trainer.config import Config
@@ -17,6 +27,8 @@ from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.run_folder import CHECKPOINTS
 from twohop.trainer.world import leader_first, say
+
+COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder
 
 
 @dataclass(frozen=True)
@@ -80,11 +92,17 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
     ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
 
+    auto = _auto_options(config, topology, directory) if config.comm.dispatcher == "auto" else None
+    wires = Wires(**{d.name: HopWires(**asdict(getattr(config.comm.wire, d.name))) for d in fields(config.comm.wire)})
+
     def make_dispatcher(layer: int, num_experts: int) -> TokenDispatcher:
         return build_dispatcher(
             config.comm.dispatcher,
             topology.with_ep(ep_sizes[layer]),
             num_experts,
+            chunks=config.comm.chunks,
+            wires=wires,
+            auto=auto,
             label=f"MoE layer {layer}",
             meter=meter,
         )
@@ -93,6 +111,18 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     checkpoints = CheckpointStore(directory / CHECKPOINTS, config.checkpoint.keep, say)
     engine = build_engine(model, config)
     return Run(config, directory, device, topology, data, engine, checkpoints, meter)
+
+
+def _auto_options(config: Config, topology: Topology, directory: Path) -> AutoOptions:
+    """What `auto` chooses by: the model of comm.cost_file, or one probed now and kept in the run folder."""
+    if config.comm.cost_file is not None:
+        model = CostModel.load(Path(config.comm.cost_file).expanduser())
+    else:
+        model = fit_cost_model(topology)
+        if topology.rank == 0:
+            model.save(directory / COSTS)
+    tokens = config.train.micro_batch * config.train.seq_len
+    return AutoOptions(model, tokens, between_wires=tuple(config.comm.auto_wires))
 
 
 def model_identity(config: Config) -> dict[str, Any]:

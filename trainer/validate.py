@@ -4,13 +4,17 @@ What one group can know by itself is checked in its `__post_init__`.
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 
 import torch
 
+from twohop.comm import CostModel
 from twohop.comm.routes import ROUTES
+from twohop.comm.wire import FORMATS
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
-from twohop.trainer.config import Config, DataConfig
+from twohop.trainer.config import CommConfig, Config, DataConfig
 from twohop.trainer.data.build import CORPORA
 from twohop.trainer.engines import ENGINES
 from twohop.trainer.errors import ConfigError
@@ -21,7 +25,7 @@ from twohop.trainer.trackers import TRACKERS
 
 def validate(config: Config, world_size: int) -> None:
     """Raise a ConfigError unless `config` can run on `world_size` ranks, on this machine if it starts them itself."""
-    _check_name("comm.dispatcher", config.comm.dispatcher, ROUTES)
+    _check_comm(config.comm)
     _check_name("engine.name", config.engine.name, ENGINES)
     _check_name("optim.name", config.optim.name, OPTIMIZERS)
     _check_name("tracker.name", config.tracker.name, TRACKERS)
@@ -47,6 +51,21 @@ def _check_name(key: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name not in names:
         raise ConfigError(f"{key}={name}: unknown{suggest(name, names)}; use one of {', '.join(names)}")
+
+
+def _check_comm(comm: CommConfig) -> None:
+    _check_name("comm.dispatcher", comm.dispatcher, [*ROUTES, "auto"])
+    for direction in fields(comm.wire):
+        hop = getattr(comm.wire, direction.name)
+        for kind in fields(hop):
+            _check_name(f"comm.wire.{direction.name}.{kind.name}", getattr(hop, kind.name), FORMATS)
+    for name in comm.auto_wires:
+        _check_name("comm.auto_wires", name, FORMATS)
+    if comm.cost_file is not None:
+        try:
+            CostModel.load(Path(comm.cost_file).expanduser())
+        except ValueError as error:
+            raise ConfigError(f"comm.cost_file: {error}") from None
 
 
 def _check_router(config: Config) -> None:

@@ -1,6 +1,8 @@
 """Slow and plain versions of what the models do, written apart from them, for tests to compare with."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,12 @@ class ReferenceDispatcher:
         weighted_RD = rows_RD * dispatched.weights_R[:, None].to(rows_RD.dtype)
         y_ND = rows_RD.new_zeros(dispatched.num_tokens, rows_RD.shape[1])
         return y_ND.index_add(0, dispatched.token_R, weighted_RD)
+
+    def run(
+        self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, experts: Any, beside: Callable[[], Any]
+    ) -> tuple[Tensor, Any]:
+        dispatched = self.dispatch(x_ND, ids_NK, weights_NK)
+        return self.combine(experts(dispatched.rows, dispatched.counts), dispatched), beside()
 
 
 def capacity_keeps(ids_NK: Tensor, capacity: int) -> Tensor:
