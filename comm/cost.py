@@ -4,7 +4,7 @@ A dispatch with its combine uses three kinds of resources: each level of the net
 sorts and sums rows. In one chunk they are used one after the other; with c chunks the most used one works all the
 time and the others hide behind it, except for 1/c of them at the beginning and the end:
 
-    T(c) = plan + max(resources) + (sum(resources) - max(resources)) / c
+    T(c) = plan + latencies + max(resources) + (sum(resources) - max(resources)) / c
 
 Every chunk costs its messages again, so more chunks are not always better. All times are in seconds.
 """
@@ -22,7 +22,8 @@ from twohop.comm.routes import ROUTES
 class LevelCost:
     """One level of the network, with all ranks sending at once."""
 
-    message_s: float  # for each message
+    latency_s: float  # from the start of a small exchange to its end
+    message_s: float  # for each further message while others are under way
     byte_s: float  # for each byte that one rank sends
 
 
@@ -64,12 +65,15 @@ class CostModel:
         rows = [work.tokens * distinct_subtrees(work, block[: i + 1]) for i in range(len(block))]
         busy = dict.fromkeys([name for name, _ in block], 0.0)
         copied = 2 * work.tokens * work.top_k * work.row_bytes
-        processor, hops, depth = 0.0, ROUTES[algorithm](len(block)) if block else [], -1
+        processor, fixed, depth = 0.0, 0.0, -1
+        hops = ROUTES[algorithm](len(block)) if block else []
         for hop in hops:
             depth = max((depth, *hop.spread))
             copied += 2 * rows[depth] * work.row_bytes
             processor += 2 * chunks * self.exchange_s
-            for name, messages, share in traffic_of_hop(block, hop.exchange):
+            traffic = traffic_of_hop(block, hop.exchange)
+            fixed += self.plan_s + 2 * max(self.levels[name].latency_s for name, _, _ in traffic)
+            for name, messages, share in traffic:
                 wire_bytes = work.inside_row_bytes if name == "local" else work.between_row_bytes
                 level = self.levels[name]
                 busy[name] += 2 * (
@@ -78,7 +82,7 @@ class CostModel:
         processor += copied * self.copied_byte_s
         resources = [*busy.values(), processor]
         longest = max(resources)
-        return self.plan_s * len(hops) + longest + (sum(resources) - longest) / chunks
+        return fixed + longest + (sum(resources) - longest) / chunks
 
     def choose(
         self, work: Workload, block: Sequence[tuple[str, int]], algorithms: Iterable[str], chunks: Iterable[int]
@@ -103,7 +107,7 @@ class CostModel:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"cost file {path} cannot be read ({error}): name a file written by a probe") from error
         numbers = [model.copied_byte_s, model.exchange_s, model.plan_s]
-        numbers += [number for level in levels.values() for number in (level.message_s, level.byte_s)]
+        numbers += [number for level in levels.values() for number in asdict(level).values()]
         if not all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError(f"cost file {path} holds a time that is negative or no number: probe again")
         return model

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from twohop.comm.cost import CostModel, LevelCost
+from twohop.comm.cost import CostModel, LevelCost, traffic_of_hop
 from twohop.comm.dispatcher import build_dispatcher
 from twohop.comm.exchange import Channel
 from twohop.comm.topology import Axis, Topology
 from twohop.comm.tree import Bag
 
-SMALL_BYTES = 1 << 10
+SMALL_BYTES, MANY = 1 << 10, 16
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 23
+MORE_CHUNKS = 7
 LARGE_S = 0.15  # the large exchange is sized to take about this long
 ROW = 1 << 10  # floats of a copied row: 4 KiB
 
@@ -31,22 +32,26 @@ def fit_cost_model(topology: Topology) -> CostModel:
 
 
 def _level(topology: Topology, axis: Axis) -> LevelCost:
-    """Latency from a small exchange, bandwidth from a large one; all groups along the axis work at once."""
+    """From one small exchange, many small ones at once, and a large one; all groups along the axis work together."""
     channel = Channel.make(topology, axis.group, "probe", None)
     peers = axis.size - 1
 
-    def exchange(sent_bytes: int) -> Callable[[], object]:
+    def exchange(sent_bytes: int, times: int = 1) -> Callable[[], object]:
         to_each = sent_bytes // peers
         splits = [0 if level == "own rank" else to_each for level in channel.levels]
         rows = torch.zeros(sum(splits), dtype=torch.uint8, device=topology.device)
-        return lambda: channel.exchange(rows, splits, splits, "probe")
+        return lambda: [p.wait() for p in [channel.start(rows, splits, splits, "probe") for _ in range(times)]]
 
     small_s = _time(topology, exchange(SMALL_BYTES), 5)
+    many_s = _time(topology, exchange(SMALL_BYTES, MANY), 5)
     first_s = _time(topology, exchange(FIRST_BYTES), 1)
     size = min(MOST_BYTES, max(FIRST_BYTES, int(FIRST_BYTES * LARGE_S / max(first_s, 1e-6))))
     large_s = _time(topology, exchange(size), 3)
-    byte_s = max(0.0, (large_s - small_s) / (size - SMALL_BYTES))
-    return LevelCost(message_s=max(0.0, small_s - SMALL_BYTES * byte_s) / peers, byte_s=byte_s)
+    return LevelCost(
+        latency_s=small_s,
+        message_s=max(0.0, many_s - small_s) / (MANY - 1) / peers,
+        byte_s=max(0.0, large_s - small_s) / (size - SMALL_BYTES),
+    )
 
 
 def _copying(topology: Topology) -> float:
@@ -69,9 +74,13 @@ def _overhead(topology: Topology, levels: dict[str, LevelCost]) -> tuple[float, 
         dispatcher = build_dispatcher("flat", topology, topology.ep_size, chunks=chunks, label="probe")
         return _time(topology, lambda: dispatcher.run(tokens_ND, ids_NK, weights_NK, lambda rows, counts: rows), 5)
 
-    one_s, eight_s = tiny(1), tiny(8)
-    exchange_s = max(0.0, (eight_s - one_s) / (2 * 7))  # 7 more chunks, there and back
-    return exchange_s, max(0.0, one_s - 2 * exchange_s)
+    one_s, more_s = tiny(1), tiny(1 + MORE_CHUNKS)
+    block = [(axis.name, axis.size) for axis in topology.axes if axis.size > 1]
+    hop = traffic_of_hop(block, range(len(block))) if block else []
+    messages_s = sum(messages * levels[name].message_s for name, messages, _ in hop)
+    latency_s = max((levels[name].latency_s for name, _, _ in hop), default=0.0)
+    exchange_s = max(0.0, (more_s - one_s) / (2 * MORE_CHUNKS) - messages_s)
+    return exchange_s, max(0.0, one_s - 2 * (exchange_s + messages_s + latency_s))
 
 
 def _time(topology: Topology, work: Callable[[], object], repeats: int) -> float:

@@ -1,0 +1,170 @@
+"""The cost model's arithmetic against formulas written apart from it, its file, its probe, and what auto makes of it."""
+
+import json
+import math
+import time
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.comm.reference import make_case, run_layer
+from tests.distributed import run_distributed
+from twohop.comm import AutoOptions, CostModel, Topology, build_dispatcher, fit_cost_model
+from twohop.comm.cost import LevelCost, Workload, distinct_subtrees, traffic_of_hop
+from twohop.comm.routes import ROUTES
+
+BLOCK = [("node", 2), ("local", 4)]
+FREE = LevelCost(latency_s=0, message_s=0, byte_s=0)
+
+
+def work(tokens: int = 512, top_k: int = 8, experts: int = 64, row: float = 2048) -> Workload:
+    return Workload(tokens, top_k, experts, row, row, row)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "nodes", "factor"),
+    [(8, 2, 2, 1.27), (8, 2, 4, 1.08), (8, 2, 8, 1.00), (64, 8, 2, 4.01), (64, 8, 4, 2.19), (64, 8, 8, 1.47),
+     (64, 8, 16, 1.19), (256, 8, 2, 4.01), (256, 8, 4, 2.21), (256, 8, 8, 1.51), (256, 8, 16, 1.23)],
+)  # fmt: skip
+def test_deduplication_factor_is_the_published_one(experts: int, top_k: int, nodes: int, factor: float) -> None:
+    distinct = distinct_subtrees(work(top_k=top_k, experts=experts), [("node", nodes)])
+    assert top_k / distinct == pytest.approx(factor, abs=0.006)
+
+
+def test_distinct_subtrees_is_the_mean_over_all_choices() -> None:
+    choices = list(combinations(range(8), 3))
+    mean = sum(len({e // 2 for e in chosen}) for chosen in choices) / len(choices)
+    assert distinct_subtrees(work(top_k=3, experts=8), [("node", 2), ("local", 2)]) == pytest.approx(mean)
+
+
+def test_messages_and_shares_of_an_exchange() -> None:
+    """2 nodes x 4 ranks: flat has L(M-1) = 4 peers on the other node and 3 on its own; the rail has 1."""
+    assert traffic_of_hop(BLOCK, (0, 1)) == [("node", 4, 0.5), ("local", 3, 3 / 8)]
+    assert traffic_of_hop(BLOCK, (0,)) == [("node", 1, 0.5)]
+    assert traffic_of_hop(BLOCK, (1,)) == [("local", 3, 0.75)]
+    three = [("rack", 2), ("node", 2), ("local", 2)]
+    assert traffic_of_hop(three, (0, 1, 2)) == [("rack", 4, 0.5), ("node", 2, 0.25), ("local", 1, 0.125)]
+
+
+def test_bytes_between_nodes_are_the_only_cost() -> None:
+    model = CostModel({"node": LevelCost(0, 0, 1e-9), "local": FREE}, 0, 0, 0)
+    node = distinct_subtrees(work(), BLOCK[:1])
+    rank = distinct_subtrees(work(), BLOCK)
+    assert model.predict(work(), BLOCK, "dedup", 1) == pytest.approx(2 * 512 * node * 0.5 * 2048e-9)
+    for algorithm in ("flat", "hierarchical"):
+        assert model.predict(work(), BLOCK, algorithm, 4) == pytest.approx(2 * 512 * rank * 0.5 * 2048e-9)
+
+
+def test_chunks_hide_the_shorter_resources_and_cost_messages() -> None:
+    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-8), "local": LevelCost(1e-4, 1e-5, 1e-9)}, 1e-10, 1e-5, 1e-3)
+    node, rank = distinct_subtrees(work(), BLOCK[:1]), distinct_subtrees(work(), BLOCK)
+    for chunks in (1, 4):
+        between = 2 * (512 * node * 0.5 * 2048 * 1e-8 + chunks * 1 * 1e-4)
+        inside = 2 * (512 * rank * 0.75 * 2048 * 1e-9 + chunks * 3 * 1e-5)
+        processor = 2 * 512 * 2048 * (8 + node + rank) * 1e-10 + 2 * 2 * chunks * 1e-5
+        fixed = 2 * 1e-3 + 2 * 1e-3 + 2 * 1e-4
+        assert between > inside > processor
+        expected = fixed + between + (inside + processor) / chunks
+        assert model.predict(work(), BLOCK, "dedup", chunks) == pytest.approx(expected)
+
+
+def test_one_process_costs_copies_alone() -> None:
+    model = CostModel({}, 1e-10, 1, 1)
+    assert model.predict(work(), [("node", 1), ("local", 1)], "dedup", 1) == pytest.approx(2 * 512 * 8 * 2048e-10)
+
+
+def test_choice_is_the_smallest_prediction() -> None:
+    model = CostModel({"node": LevelCost(1e-3, 1e-3, 1e-8), "local": LevelCost(1e-4, 1e-5, 1e-9)}, 1e-10, 1e-4, 1e-3)
+    ways = {(a, c): model.predict(work(), BLOCK, a, c) for a, c in product(ROUTES, (1, 2, 8))}
+    choice = model.choose(work(), BLOCK, ROUTES, (1, 2, 8))
+    assert ways[choice.algorithm, choice.chunks] == choice.seconds == min(ways.values())
+
+
+def test_file_brings_the_model_back(tmp_path: Path) -> None:
+    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-8)}, 1e-10, 1e-5, 1e-3)
+    model.save(tmp_path / "new" / "cost.json")
+    assert CostModel.load(tmp_path / "new" / "cost.json") == model
+
+
+@pytest.mark.parametrize("damage", ["missing", "not json", "a list", "lacks a key", "negative", "nan"])
+def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "cost.json"
+    values: dict[str, Any] = {"levels": {}, "copied_byte_s": 1e-9, "exchange_s": 1e-5, "plan_s": 1e-3}
+    if damage == "lacks a key":
+        del values["plan_s"]
+    if damage in ("negative", "nan"):
+        values["plan_s"] = -1.0 if damage == "negative" else math.nan
+    text = {"not json": "{", "a list": "[]"}.get(damage, json.dumps(values))
+    if damage != "missing":
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"cost file .*cost\.json"):
+        CostModel.load(path)
+
+
+def probe_on_this_rank() -> tuple[CostModel, float]:
+    topology = Topology.discover(ranks_per_node=2, timeout_s=20)
+    started = time.perf_counter()
+    return fit_cost_model(topology), time.perf_counter() - started
+
+
+def test_probe_gives_all_ranks_the_same_model() -> None:
+    models = [model for model, _ in run_distributed(probe_on_this_rank, 4)]
+    assert len(set(map(repr, models))) == 1
+    assert set(models[0].levels) == {"node", "local"}
+    assert models[0].copied_byte_s > 0
+    assert all(level.latency_s > 0 for level in models[0].levels.values())
+
+
+def auto_on_this_rank(case: list[Any], later: list[Any]) -> dict[str, Any]:
+    """Fast links inside, a slow network with costly messages: dedup, and more chunks for more tokens."""
+    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-6), "local": LevelCost(1e-5, 1e-6, 1e-7)}, 1e-10, 1e-6, 1e-5)
+    topology = Topology.discover(ranks_per_node=2, timeout_s=20)
+    options = AutoOptions(model, chunks=(1, 2, 4))
+    dispatcher = build_dispatcher("auto", topology, 8, auto=options)
+    x_ND, ids_NK, weights_NK, _ = case[topology.rank]
+    ways = []
+    for x, ids, weights in [(x_ND, ids_NK, weights_NK)] * 2 + [later[topology.rank][:3]] * 2:
+        dispatcher.run(x, ids, weights, lambda rows, counts: rows)
+        way = dispatcher.way(x, ids)
+        ways.append((way.name, way.chunks))
+    result = run_layer(topology, "auto", case, 8, auto=options)
+    fixed = run_layer(topology, "flat", case, 8)
+    return {"ways": ways, "equal": torch.equal(result["y"], fixed["y"]) and torch.equal(result["x"], fixed["x"])}
+
+
+def test_auto_chooses_alike_on_all_ranks_and_again_when_shapes_change() -> None:
+    small = make_case(1, [1, 0, 2, 1], 4, 8, 8, torch.float32)
+    large = make_case(2, [300, 20, 0, 90], 4, 8, 8, torch.float32)
+    results = run_distributed(auto_on_this_rank, 4, small, large)
+    assert all(result["equal"] for result in results)
+    assert len({str(result["ways"]) for result in results}) == 1
+    first, second, third, fourth = results[0]["ways"]
+    assert first == second
+    assert third == fourth == ("dedup", 4)
+    assert second[1] < 4
+
+
+def test_auto_may_choose_a_format_when_allowed() -> None:
+    model = CostModel({"node": LevelCost(0, 0, 1e-6), "local": FREE}, 0, 0, 0)
+    names = run_distributed(formats_on_this_rank, 2, model)
+    assert names == [("fp32", "fp8")] * 2
+
+
+def formats_on_this_rank(model: CostModel) -> tuple[str, str]:
+    topology = Topology.discover(ranks_per_node=1, timeout_s=20)
+    x_ND, ids_NK = torch.ones(4, 64), torch.zeros(4, 1, dtype=torch.long)
+    names = []
+    for allowed in ((), ("fp32", "bf16", "fp8")):
+        options = AutoOptions(model, tokens=4, between_wires=allowed)
+        names.append(build_dispatcher("auto", topology, 2, auto=options).way(x_ND, ids_NK).wires.dispatch.between)
+    assert dist.is_initialized()
+    return names[0], names[1]
+
+
+def test_auto_needs_its_options() -> None:
+    with pytest.raises(ValueError, match="auto needs AutoOptions"):
+        build_dispatcher("auto", Topology.discover(), 4)
