@@ -43,7 +43,8 @@ def _scaled(columns: int | None, largest: float, to_byte: Callable, from_byte: C
 
     def decode(wire_RB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         d = _width(wire_RB.shape[1], columns)
-        scale_RG1 = wire_RB[:, d:].contiguous().view(torch.float32).unsqueeze(-1)
+        # A view as wider numbers needs memory of its own that begins at a multiple of their width.
+        scale_RG1 = wire_RB[:, d:].clone(memory_format=torch.contiguous_format).view(torch.float32).unsqueeze(-1)
         blocks_RGC = _blocks(from_byte(wire_RB[:, :d].contiguous()), columns)
         return (blocks_RGC * scale_RG1).flatten(1)[:, :d].to(dtype)
 

@@ -1,4 +1,4 @@
-"""The cost model's arithmetic against formulas written apart from it, its file, its probe, and what auto makes of it."""
+"""The cost model against formulas written apart from it, its file, its probe, and what auto makes of it."""
 
 import json
 import math
