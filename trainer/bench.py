@@ -131,9 +131,9 @@ def _report(
     """Table, files and regrets: how much slower than the best way the predicted best one is."""
     ways = len(config.algorithms) * len(config.chunks)
     places = [timings[i : i + ways] for i in range(0, len(timings), ways)]
-    table = Table(title=f"dispatch and combine, {'forward and backward' if config.backward else 'forward'}; {topology}")
-    for column in ("tokens", "K", "D", "way", "predicted ms", "measured ms", "MB between nodes", ""):
-        table.add_column(column, justify="left" if column in ("way", "") else "right")
+    table = Table(title=f"dispatch and combine, {'forward and backward' if config.backward else 'forward'}")
+    for column in ("tokens", "K", "D", "way", "predicted ms", "measured ms", "MB out", ""):
+        table.add_column(column, justify="left" if column in ("way", "") else "right", no_wrap=True)
     regrets = []
     for place in places:
         best = min(place, key=lambda t: t.measured_s)
@@ -145,6 +145,7 @@ def _report(
             times = (f"{t.predicted_s * 1e3:.1f}", f"{t.measured_s * 1e3:.1f}", f"{t.between_nodes_bytes / 1e6:.2f}")
             table.add_row(*row, *times, " ".join(marks))
         table.add_section()
+    print(topology)
     Console().print(table)
     errors = [abs(t.predicted_s / t.measured_s - 1) for t in timings]
     result = {
