@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -83,17 +83,6 @@ def dense_reference(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return x_ND * scale_ND, grad_ND * scale_ND, grad_weights_NE.gather(1, ids_NK)
 
 
-def check(forward: Forward, data: Data) -> None:
-    """Raise an AssertionError unless `forward` and its backward agree with the dense reference to rounding."""
-    x_ND, weights_NK = (t.clone().requires_grad_() for t in (data.x_ND, data.weights_NK))
-    y_ND = forward(x_ND, data.ids_NK, weights_NK)
-    y_ND.backward(data.grad_ND)
-    expected_y, expected_x, expected_weights = dense_reference(data)
-    torch.testing.assert_close(y_ND.detach(), expected_y)
-    torch.testing.assert_close(x_ND.grad, expected_x)
-    torch.testing.assert_close(weights_NK.grad, expected_weights, rtol=1e-4, atol=1e-4)  # a sum over D
-
-
 def bytes_leaving_node(case: Case, topology: Topology) -> int:
     """Payload of the busiest node in a forward pass if a token crosses once for each distinct node, both ways."""
     m, per_node = topology.num_nodes, topology.ranks_per_node
@@ -106,15 +95,22 @@ def bytes_leaving_node(case: Case, topology: Topology) -> int:
     return int((rows_MM + rows_MM.T).sum(1).max()) * DIM * 4
 
 
-def time_once(forward: Forward, data: Data) -> tuple[float, float]:
-    """Seconds of the forward pass and of forward and backward, of the slowest rank. Every rank must call this."""
+def time_once(forward: Forward, data: Data, expected: Sequence[torch.Tensor] = ()) -> tuple[float, ...]:
+    """Seconds of the forward pass and of forward and backward, of the slowest rank. Every rank must call this.
+
+    Raises an AssertionError, once the clock has stopped, unless output, gradient of the input and gradient of the
+    weights are those `expected`, as far as these are given, to fp32 sums in another order.
+    """
     x_ND, weights_NK = (t.clone().requires_grad_() for t in (data.x_ND, data.weights_NK))
     dist.barrier()
     start = time.perf_counter()
     y_ND = forward(x_ND, data.ids_NK, weights_NK)
     after_forward = time.perf_counter()
     y_ND.backward(data.grad_ND)
-    return slowest(after_forward - start, time.perf_counter() - start)
+    seconds = slowest(after_forward - start, time.perf_counter() - start)
+    for actual, wanted in zip((y_ND.detach(), x_ND.grad, weights_NK.grad), expected, strict=False):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    return seconds
 
 
 def slowest(*seconds: float) -> tuple[float, ...]:

@@ -93,7 +93,7 @@ def deepspeed_layer(topology: Topology, weights: Weights, k: int) -> Forward:
 
 
 def output_and_gradient(layer: Forward, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the layer makes of the tokens, and the gradient of its input. Collective if the layer is."""
+    """What the layer makes of the tokens, and the gradient of its input."""
     x_ND = data.x_ND.clone().requires_grad_()
     y_ND = layer(x_ND, data.ids_NK, data.weights_NK)
     (grad_ND,) = torch.autograd.grad(y_ND, x_ND, data.grad_ND)

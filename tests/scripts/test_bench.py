@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def rivals_on_this_rank() -> list[dict[str, tuple[int, int]]]:
         sent.append({})
         for name, forward in rivals.Rivals(topology, meter, common.scales()).forwards().items():
             meter.reset()
-            common.check(forward, data)
+            common.time_once(forward, data, common.dense_reference(data))
             sent[-1][name] = tuple(f("between nodes", "rows") for f in (meter.bytes_sent, meter.messages_sent))
     return sent
 
@@ -53,20 +55,22 @@ def test_rivals_are_right_and_send_what_they_are_known_to_send() -> None:
             assert messages["gather-leader-scatter"] == (4 if rank % 2 == 0 else 0)
 
 
-def test_the_check_finds_a_wrong_output_and_a_wrong_gradient() -> None:
+def right(x_ND: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("nd,nk,nkd->nd", x_ND, weights_NK, common.scales()[ids_NK])
+
+
+def test_a_wrong_output_and_a_wrong_gradient_are_found(world_of_one: None) -> None:
     data = common.Data.make(CASES[0], 0)
-
-    def right(x_ND: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("nd,nk,nkd->nd", x_ND, weights_NK, common.scales()[ids_NK])
-
-    common.check(right, data)
+    expected = common.dense_reference(data)
+    forward_s, both_s = common.time_once(right, data, expected)
+    assert 0 < forward_s < both_s
     for wrong in (
         lambda x, ids, w: right(x, (ids + 1) % 64, w),
-        lambda x, ids, w: right(x, ids, w).detach() + 0 * right(x, ids, w),
+        lambda x, ids, w: right(x.detach(), ids, w) + 0 * x,
         lambda x, ids, w: right(x, ids, w.detach()) + 0 * w.sum(),
     ):
         with pytest.raises(AssertionError, match="not close"):
-            common.check(wrong, data)
+            common.time_once(wrong, data, expected)
 
 
 def limit_on_this_rank(case: Any) -> tuple[int, int]:
@@ -99,26 +103,25 @@ def test_a_bad_case_is_refused(text: str) -> None:
         common.Case.parse(text)
 
 
-def test_rounds_stop_when_the_time_is_up() -> None:
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    common.dist.init_process_group("gloo", store=common.dist.HashStore(), rank=0, world_size=1)
+    yield
+    common.dist.destroy_process_group()
+
+
+def test_rounds_stop_when_the_time_is_up(world_of_one: None) -> None:
     calls: list[str] = []
 
     def measure(name: str) -> tuple[float, ...]:
         calls.append(name)
         return (float(len(calls)),)
 
-    measures = {name: (lambda name=name: measure(name)) for name in "ab"}
-    assert run_alone(measures, 3) == {"a": (3.0,), "b": (4.0,)}
+    measures = {name: partial(measure, name) for name in "ab"}
+    assert common.in_turn(measures, 3) == {"a": (3.0,), "b": (4.0,)}
     assert calls == list("ababab")
     calls.clear()
-    assert run_alone(measures, 3, 0.0) == {"a": (1.0,), "b": (2.0,)}
-
-
-def run_alone(*args: Any) -> dict[str, tuple[float, ...]]:
-    common.dist.init_process_group("gloo", store=common.dist.HashStore(), rank=0, world_size=1)
-    try:
-        return common.in_turn(*args)
-    finally:
-        common.dist.destroy_process_group()
+    assert common.in_turn(measures, 3, 0.0) == {"a": (1.0,), "b": (2.0,)}
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
