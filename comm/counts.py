@@ -166,12 +166,16 @@ def check_headers(header: list[int], channel: Channel, task: str) -> None:
     """Raise a CommError that names the ranks of the channel in trouble or about to do anything but `task`."""
     mark = zlib.crc32(task.encode())
     by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
-    problems = [f"rank {rank} {STATUS[status]}" for rank, (_, status, *_) in by_rank.items() if status in STATUS]
+    statuses = {rank: STATUS[status] for rank, (_, status, *_) in by_rank.items() if status in STATUS}
+    problems = [f"rank {rank} {status}" for rank, status in statuses.items()]
     others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
     others = others or [trouble - 1 for _, _, trouble, _ in by_rank.values() if trouble][:1]
     if others and not problems:
         problems = [f"ranks {others} are in trouble or disagree with this rank's {task}"]
-    if problems:
+    own = channel.topology.rank
+    if problems and channel.topology.board is not None:
+        if own in statuses:
+            channel.topology.board.leave(f"{channel.label}, counts: it {statuses[own]}", stopped=True)
         # All hear of it in their headers: to close connections that some still read would hide the reason.
         heard = give_up(channel.topology, f"{channel.label}, counts, about to do {task}", at_once=False)
         raise CommError(

@@ -34,7 +34,7 @@ LEAST_ROLL_CALL_S = 2.5
 HANG_UP_TAG = 2**31 - 1  # of a message that nobody sends
 ANSWER_S = 2.0  # a store that takes longer is cut off: its client would wait for ever
 UNREACHABLE = "The store of the rendezvous does not answer: this node is cut off from it, or its host is down."
-_WAITED, _STOPPED = "was at ", "stopped: "
+_CAME, _STOPPED = "came to ", "stopped: "
 
 
 class NoticeBoard:
@@ -78,10 +78,10 @@ class NoticeBoard:
         """
         if not self.over:
             self.over = True
-            self._ask(lambda: self._store.set(f"words/{self.rank}", (_STOPPED if stopped else _WAITED) + place))
+            self._ask(lambda: self._store.set(f"words/{self.rank}", (_STOPPED if stopped else _CAME) + place))
 
     def listen(self, place: str, ranks: Sequence[int]) -> str:
-        """What the other `ranks` say, in sentences, for one that failed at `place`."""
+        """What the other `ranks` say, in sentences, for one that failed at `place`; empty if all came there too."""
         words: dict[int, str] = {}
         missing = [rank for rank in ranks if rank != self.rank]
         deadline = time.monotonic() + max(LEAST_ROLL_CALL_S, self.deadline_s / 10)
@@ -164,13 +164,13 @@ def hang_up(group: Any) -> None:
 def _summary(place: str, words: dict[int, str], silent: list[int]) -> str:
     by_words: dict[str, list[int]] = {}
     for rank, said in sorted(words.items()):
-        if said != _WAITED + place:
+        if said != _CAME + place:
             by_words.setdefault(said, []).append(rank)
     sentences = [f"{_ranks(ranks)} {said}." for said, ranks in by_words.items()]
     sentences.sort(key=lambda sentence: _STOPPED not in sentence)  # causes first
     if silent:
         sentences.insert(0, f"No word from {_ranks(silent)}: dead, stopped, cut off or busy elsewhere.")
-    return " ".join(sentences) or "All ranks were at the same place, so a link between them is at fault."
+    return " ".join(sentences)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

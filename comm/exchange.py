@@ -131,14 +131,11 @@ class Channel:
     def failure(self, phase: str, error: Exception) -> CommError:
         """The CommError for a transport error, with what the other ranks say of themselves."""
         reason = " ".join(str(error).split())
-        heard = give_up(self.topology, self.place(phase))
+        heard = give_up(self.topology, ", ".join(part for part in (self.label, phase, self.algorithm) if part))
+        heard = heard or "All ranks came to it, so a link between them is at fault."
         return CommError(
             f"{self.where}, {phase}: the exchange among ranks {list(self.ranks)} failed. {heard} (transport: {reason})"
         )
-
-    def place(self, phase: str) -> str:
-        """Where this rank is, as the others read it."""
-        return ", ".join(part for part in (self.label, phase, self.algorithm) if part)
 
 
 @dataclass

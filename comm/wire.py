@@ -129,6 +129,13 @@ class Wires:
         hop = HopWires(inside, between)
         return cls(hop, hop, hop, hop)
 
+    def __str__(self) -> str:
+        """Short, for errors: inside/between of each direction, or of all."""
+        formats = {d.value: f"{hop.inside}/{hop.between}" for d in Direction for hop in [getattr(self, d.name)]}
+        if len(set(formats.values())) == 1:
+            return f"{formats[Direction.dispatch.value]} on the wire"
+        return ", ".join(f"{value} for {name}" for name, value in formats.items())
+
     def with_between(self, between: str) -> "Wires":
         """The same, with another format on all hops between nodes."""
         return Wires(**{d.name: replace(getattr(self, d.name), between=between) for d in Direction})

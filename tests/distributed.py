@@ -11,7 +11,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -55,6 +55,7 @@ def run_distributed(
     timeout: float = 60.0,
     init: bool = True,
     env: dict[str, str] | None = None,
+    lost: Collection[int] = (),
 ) -> list[Any]:
     """Runs `fn(*args)` on ranks 0 … nproc-1 and returns what each returned, in the order of ranks.
 
@@ -62,6 +63,7 @@ def run_distributed(
     torchrun's variables plus `env`. With `init` the default process group is initialised before and destroyed after;
     without it `fn` does so itself (`env://` works). If ranks fail, the first failure is raised here as it was
     raised there, with the rank's traceback as its cause; no answer in `timeout` seconds is a `TimeoutError`.
+    Ranks in `lost` are expected to die or to stop: theirs is None.
     """
     _workers[:] = [worker for worker in _workers if worker.process.is_alive()]
     _workers.extend(Worker() for _ in range(nproc - len(_workers)))
@@ -79,13 +81,13 @@ def run_distributed(
         rank_env = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {})
         # The function is pickled by name: the worker unpickles it only after it has our sys.path.
         worker.pipe.send_bytes(pickle.dumps((sys.path, rank_env, init, timeout, pickle.dumps((fn, args)))))
-    return _collect(team, time.monotonic() + timeout, timeout)
+    return _collect(team, time.monotonic() + timeout, timeout, lost)
 
 
-def _collect(team: list[Worker], deadline: float, timeout: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(team: list[Worker], deadline: float, timeout: float, lost: Collection[int]) -> list[Any]:
+    results: dict[int, Any] = dict.fromkeys(lost)
     failures: list[tuple[float, int, BaseException, str]] = []
-    waiting: dict[Connection, int] = {worker.pipe: rank for rank, worker in enumerate(team)}
+    waiting: dict[Connection, int] = {worker.pipe: rank for rank, worker in enumerate(team) if rank not in lost}
     while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
         for pipe in cast(list[Connection], ready):
             rank = waiting.pop(pipe)
@@ -99,7 +101,7 @@ def _collect(team: list[Worker], deadline: float, timeout: float) -> list[Any]:
                 moment, error, trace = failure
                 failures.append((moment, rank, error, trace))
                 deadline = min(deadline, time.monotonic() + GRACE_S)
-    for rank in waiting.values():
+    for rank in (*waiting.values(), *lost):
         team[rank].kill()
     if failures:
         _, rank, error, trace = min(failures, key=lambda failure: failure[0])
