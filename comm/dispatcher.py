@@ -81,6 +81,7 @@ class TokenDispatcher:
         """Number of this rank's first expert; expert e lives on EP rank e // num_local_experts."""
         return self.topology.ep_rank * self.num_local_experts
 
+    @torch.compiler.disable  # exchanges are a break in any graph
     def dispatch(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> Dispatched:
         """Carry tokens to their experts. Every rank of the EP group must call this, also with N = 0.
 
@@ -103,6 +104,7 @@ class TokenDispatcher:
         (chunk,) = plan.chunks
         return Dispatched(last(way_there(tokens_ND, chunk, way.wires)), chunk.counts, plan, weight_n, way)
 
+    @torch.compiler.disable
     def combine(self, expert_rows_RD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """Weigh the experts' rows, add them up on the way and carry the sums home.
 
@@ -126,6 +128,7 @@ class TokenDispatcher:
         (chunk,) = dispatched.plan.chunks
         return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
 
+    @torch.compiler.disable
     def run(
         self,
         tokens_ND: torch.Tensor,

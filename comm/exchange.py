@@ -9,7 +9,7 @@ knows no tags, and its errors end the process by its own watchdog.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Channel:
     label: str  # the layer, for errors
     meter: TrafficMeter | None = None
     algorithm: str = ""  # for errors: ranks that take different ways wait in different groups
+    abandoned: "list[Pending]" = field(default_factory=list)  # nobody waits for these, but their memory is in use
 
     @classmethod
     def make(
@@ -75,6 +76,8 @@ class Channel:
         board = self.topology.board
         if board is not None and board.over:
             raise CommError(f"{self.where}, {phase}: this topology has failed before; discover a new one to go on")
+        while self.abandoned:
+            self.abandoned.pop().wait()
         rows = rows.contiguous()
         received = rows.new_empty((sum(recv_splits), *rows.shape[1:]))
         sent, came = rows.split(list(send_splits)), received.split(list(recv_splits))
@@ -147,6 +150,10 @@ class Pending:
     works: list[Any]
     sent: torch.Tensor | None
     received: torch.Tensor
+
+    def abandon(self) -> None:
+        """Leave the exchange to itself; the channel keeps its memory until its next exchange."""
+        self.channel.abandoned.append(self)
 
     def wait(self) -> torch.Tensor:
         """What the peers sent, or a CommError when one died, failed or did not come within the group's deadline."""

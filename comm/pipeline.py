@@ -7,6 +7,7 @@ rank issues the collectives of a group in the same order, in both directions.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,16 @@ class _Transfer:
         wire = self.wires.format(direction, self.channel.crosses_nodes)
         received, self.pending = self.pending.wait(), None
         return wire.decode(received, self.dtype)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Around a pause: activation checkpointing may stop a recomputation there and never come back."""
+        try:
+            yield
+        except GeneratorExit:
+            if self.pending is not None:
+                self.pending.abandon()
+            raise
 
 
 class _Start(torch.autograd.Function):
@@ -154,7 +165,8 @@ def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torc
     for move in chunk.moves:
         transfer = _Transfer(move, Direction.dispatch, wires)
         ticket = _Start.apply(_Down.apply(rows, move.spread), transfer)
-        yield ticket
+        with transfer.under_way():
+            yield ticket
         rows = _Wait.apply(ticket, transfer)
     yield _Down.apply(rows, chunk.to_experts)
 
@@ -165,7 +177,8 @@ def way_home(rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires:
     for move in reversed(chunk.moves):
         transfer = _Transfer(move, Direction.combine, wires)
         ticket = _Start.apply(rows, transfer)
-        yield ticket
+        with transfer.under_way():
+            yield ticket
         rows = _Up.apply(_Wait.apply(ticket, transfer), move.spread)
     yield rows
 
