@@ -6,11 +6,11 @@ Everything is measured in turn, in one call. Collective; rank 0 prints and write
 """
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,7 @@ def main() -> None:
     for chunks, dispatcher in dispatchers.items():
         measures[f"dedup alone, {chunks}"] = partial(time_step, dispatcher, data, lambda rows, counts: rows)
         measures[f"with experts, {chunks}"] = partial(time_step, dispatcher, data, experts)
+    measures = {name: partial(with_cpu, measure) for name, measure in measures.items()}
     in_turn(measures, 1)  # opens connections, touches memory
     seconds = in_turn(measures, args.rounds)
 
@@ -87,6 +88,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def with_cpu(measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+    """Its times, and the CPU seconds of all ranks ÷ cores: no step can be shorter. (Packets are the kernel's work and
+    come on top.) Collective.
+    """
+    start = time.process_time()
+    seconds = measure()
+    spent = torch.tensor(time.process_time() - start, dtype=torch.float64)
+    dist.all_reduce(spent)
+    return *seconds, spent.item() / (os.cpu_count() or 1)
+
+
 def time_step(dispatcher: TokenDispatcher, data: Data, experts: Callable) -> tuple[float, ...]:
     """Seconds of dispatch, experts and combine: forward, and forward and backward. Collective."""
     return time_once(lambda *inputs: dispatcher.run(*inputs, experts)[0], data)
@@ -115,21 +127,20 @@ def fitting_ffn_dim(dispatcher: TokenDispatcher, data: Data, target_s: float) ->
 
 
 def table(chunks: list[int], seconds: dict[str, tuple[float, ...]], limit_s: float) -> Table:
-    alone = seconds["experts alone"]
-    shown = Table(
-        title=f"link limit {limit_s * 1e3:.0f} ms forward; experts alone {ms(alone)} ms", title_justify="left"
-    )
-    for column in ("chunks", "dedup ms", "÷ link limit", "with experts ms", "÷ larger of the two alone"):
+    *alone, _ = seconds["experts alone"]
+    title = f"link limit {ms([limit_s, 2 * limit_s])} ms; experts alone {ms(alone)} ms"
+    shown = Table(title=title, caption="each: forward, then forward and backward", title_justify="left")
+    for column in ("chunks", "dedup ms", "÷ link limit", "with experts ms", "÷ larger of the two alone", "CPU ms"):
         shown.add_column(column)
     for c in chunks:
-        dedup, both = seconds[f"dedup alone, {c}"], seconds[f"with experts, {c}"]
+        (*dedup, _), (*both, cpu) = seconds[f"dedup alone, {c}"], seconds[f"with experts, {c}"]
         ratios = [t / (n * limit_s) for n, t in enumerate(dedup, start=1)]
         step = [t / max(pair) for t, *pair in zip(both, dedup, alone, strict=True)]
-        shown.add_row(str(c), ms(dedup), two(ratios), ms(both), two(step))
+        shown.add_row(str(c), ms(dedup), two(ratios), ms(both), two(step), ms([cpu]))
     return shown
 
 
-def ms(times: Any) -> str:
+def ms(times: Sequence[float]) -> str:
     return " ".join(f"{t * 1e3:,.0f}" for t in times)
 
 
