@@ -8,6 +8,8 @@ import torch
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import write_corpus
+from twohop.comm import CostModel
+from twohop.comm.cost import LevelCost
 
 
 def curves(directory: Path, nproc: int, *overrides: str) -> list[tuple[runs.Curve, dict[str, torch.Tensor]]]:
@@ -72,3 +74,39 @@ def test_replicas_stay_equal_to_the_bit(directory: Path) -> None:
         is_expert = ".experts." in name
         assert torch.equal(found[2][name], weights), name  # ranks 0 and 2 hold the same experts
         assert torch.equal(found[1][name], weights) != is_expert, name
+
+
+def test_eight_processes_mean_the_same(directory: Path) -> None:
+    """2 nodes x 4 ranks, layers of 4 and 8 experts over EP 4 and 8."""
+    larger = ("train.global_batch=16", "train.steps=6")
+    reference, _ = curves(directory, 1, *larger)[0]
+    found = curves(directory, 8, *larger, "comm.ranks_per_node=4", "comm.ep_size=[4,8]")
+    for step, (ours, theirs) in enumerate(zip(found[0][0], reference, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize("how", ["comm.chunks=3", "comm.dispatcher=auto"])
+def test_overlap_and_choice_change_no_result(directory: Path, one_process: runs.Curve, how: str) -> None:
+    found = curves(directory, 4, how, "comm.ranks_per_node=2", "comm.ep_size=4")
+    for step, (ours, theirs) in enumerate(zip(found[0][0], one_process, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+    assert (directory / "run" / "cost.json").exists() == (how == "comm.dispatcher=auto")
+
+
+def test_a_kept_cost_model_is_used_instead_of_a_probe(directory: Path) -> None:
+    model = CostModel({"node": LevelCost(1e-4, 1e-5, 1e-7), "local": LevelCost(1e-5, 1e-6, 1e-9)}, 1e-10, 1e-5, 1e-4)
+    model.save(directory / "kept.json")
+    (directory / "run" / "cost.json").unlink(missing_ok=True)
+    kept = ("comm.dispatcher=auto", f"comm.cost_file={directory / 'kept.json'}", "comm.auto_wires=[bf16]")
+    curves(directory, 2, *kept, "comm.ranks_per_node=1", "train.steps=1")
+    assert not (directory / "run" / "cost.json").exists()
+
+
+def test_a_narrow_wire_trains_almost_the_same(directory: Path, one_process: runs.Curve) -> None:
+    wires = [f"comm.wire.{direction}.between=bf16" for direction in
+             ("dispatch", "combine", "dispatch_backward", "combine_backward")]  # fmt: skip
+    curve, _ = curves(directory, 2, *wires, "comm.ranks_per_node=1", "comm.ep_size=2")[0]
+    assert curve != one_process
+    for (loss, _), (reference, _) in zip(curve, one_process, strict=True):
+        # Each row is off by at most 2**-8 of itself, and MoE layers are a part of the loss's way only.
+        assert loss == pytest.approx(reference, rel=2**-8)
