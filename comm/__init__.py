@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from twohop.comm.cost import CostModel
     from twohop.comm.diagnose import announce_failure
     from twohop.comm.dispatcher import AutoOptions, Dispatched, TokenDispatcher, build_dispatcher
-    from twohop.comm.errors import CommError
+    from twohop.comm.errors import CommError, NotFiniteError
     from twohop.comm.probe import fit_cost_model
     from twohop.comm.topology import Topology
     from twohop.comm.traffic import TrafficMeter
@@ -26,6 +26,7 @@ _HOME = {
     "build_dispatcher": "dispatcher",
     "announce_failure": "diagnose",
     "CommError": "errors",
+    "NotFiniteError": "errors",
     "fit_cost_model": "probe",
     "Topology": "topology",
     "TrafficMeter": "traffic",
@@ -38,6 +39,7 @@ __all__ = [
     "CostModel",
     "Dispatched",
     "HopWires",
+    "NotFiniteError",
     "TokenDispatcher",
     "Topology",
     "TrafficMeter",

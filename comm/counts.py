@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 
 from twohop.comm.diagnose import give_up
-from twohop.comm.errors import CommError
+from twohop.comm.errors import CommError, NotFiniteError
 from twohop.comm.exchange import Channel
 from twohop.comm.routes import Hop
 
@@ -26,6 +26,7 @@ HEADER = 4
 LEAST_ROOM, ROOM_FACTOR = 4096, 16
 
 NOT_FINITE, WRONG_COUNTS, WRONG_EXPERTS = 1, 2, 3
+KINDS = 4  # of status, 0 included
 STATUS = {
     NOT_FINITE: "was given rows that are not finite",
     WRONG_COUNTS: "was given counts that do not fit its rows",
@@ -156,7 +157,7 @@ def exchange_counts(
 
     ranks = torch.tensor(channel.ranks, device=counts.device)
     odd = (received[:, 0] != mark) | (received[:, 1] != 0)
-    trouble = torch.where(odd, ranks + 1, received[:, 2])
+    trouble = torch.where(odd, (ranks + 1) * KINDS + received[:, 1], received[:, 2])
     heard = torch.stack([trouble, received[:, 3]], dim=1)
     hearsay = torch.cat([heard, hearsay[None]]).amax(0)
     return received[:, HEADER:].reshape(moved.shape).movedim(to_front, tuple(axes)), hearsay, received[:, :HEADER]
@@ -166,19 +167,23 @@ def check_headers(header: list[int], channel: Channel, task: str) -> None:
     """Raise a CommError that names the ranks of the channel in trouble or about to do anything but `task`."""
     mark = zlib.crc32(task.encode())
     by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
-    statuses = {rank: STATUS[status] for rank, (_, status, *_) in by_rank.items() if status in STATUS}
-    problems = [f"rank {rank} {status}" for rank, status in statuses.items()]
+    statuses = {rank: status for rank, (_, status, *_) in by_rank.items() if status in STATUS}
     others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
-    others = others or [trouble - 1 for _, _, trouble, _ in by_rank.values() if trouble][:1]
+    hearsay = max(trouble for _, _, trouble, _ in by_rank.values())
+    if hearsay and not statuses and not others:
+        rank, status = hearsay // KINDS - 1, hearsay % KINDS
+        statuses, others = ({rank: status}, []) if status in STATUS else ({}, [rank])
+    problems = [f"rank {rank} {STATUS[status]}" for rank, status in statuses.items()]
     if others and not problems:
         problems = [f"ranks {others} are in trouble or disagree with this rank's {task}"]
     own = channel.topology.rank
     if problems and channel.topology.board is not None:
         if own in statuses:
-            channel.topology.board.leave(f"{channel.label}, counts: it {statuses[own]}", stopped=True)
+            channel.topology.board.leave(f"{channel.label}, counts: it {STATUS[statuses[own]]}", stopped=True)
         # All hear of it in their headers: to close connections that some still read would hide the reason.
         heard = give_up(channel.topology, f"{channel.label}, counts, about to do {task}", at_once=False)
-        raise CommError(
+        error = NotFiniteError if NOT_FINITE in statuses.values() else CommError
+        raise error(
             f"{channel.where}, counts: {'; '.join(problems)}. {heard} Every rank must run the same layers in the same "
             "order, on finite rows of the same shapes and dtypes."
         )

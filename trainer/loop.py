@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from twohop.comm import NotFiniteError
 from twohop.trainer.data import micro_batch
 from twohop.trainer.errors import UserError
 from twohop.trainer.evaluate import cross_entropy_sum, evaluate, perplexity
@@ -65,8 +66,11 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
         number = step * micro_batches + index  # of this micro-batch in the whole training
         seed_noise(config.seed, number)
         ids_BT1 = micro_batch(run.data.train, config.seed, number * micro_size, micro_size).to(run.device)
-        with run.engine.autocast():
-            output = run.model(ids_BT1[:, :-1])
+        try:
+            with run.engine.autocast():
+                output = run.model(ids_BT1[:, :-1])
+        except NotFiniteError as error:
+            raise _diverged(run, step, str(error)) from None
         cross_entropy = cross_entropy_sum(output.logits_BTV, ids_BT1[:, 1:])
         # A router's loss is a mean over the micro-batch: times its tokens, it adds up over micro-batches as well.
         router_losses = [loss for stats in output.moe for loss in stats.losses.values()]
@@ -78,14 +82,19 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     grad_norm = run.engine.step(factor)
     record = totals.reduce(global_tokens)
     if not math.isfinite(record["loss"] + grad_norm):
-        raise UserError(
-            f"step {step + 1}: the loss is {record['loss']} and the gradient norm {grad_norm}: "
-            f"lower optim.lr={config.optim.lr}, or raise schedule.warmup_steps={config.schedule.warmup_steps}"
-        )
+        raise _diverged(run, step, f"the loss is {record['loss']} and the gradient norm {grad_norm}")
     record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "tokens": (step + 1) * global_tokens}
     record |= {"traffic": traffic_of_world(run.meter)}
     seconds = time.perf_counter() - started
     return record | {"step_s": seconds, "tokens_per_s": global_tokens / seconds}
+
+
+def _diverged(run: Run, step: int, what: str) -> UserError:
+    optim, schedule = run.config.optim, run.config.schedule
+    return UserError(
+        f"step {step + 1}: {what.rstrip('.')}: lower optim.lr={optim.lr}, "
+        f"or raise schedule.warmup_steps={schedule.warmup_steps}"
+    )
 
 
 def _is_due(done: int, every: int, total: int) -> bool:

@@ -10,6 +10,7 @@ from tests.end_to_end import runs
 from tests.tiny import write_corpus
 from twohop.comm import CostModel
 from twohop.comm.cost import LevelCost
+from twohop.trainer.errors import UserError
 
 
 def curves(directory: Path, nproc: int, *overrides: str) -> list[tuple[runs.Curve, dict[str, torch.Tensor]]]:
@@ -110,3 +111,10 @@ def test_a_narrow_wire_trains_almost_the_same(directory: Path, one_process: runs
     for (loss, _), (reference, _) in zip(curve, one_process, strict=True):
         # Each row is off by at most 2**-8 of itself, and MoE layers are a part of the loss's way only.
         assert loss == pytest.approx(reference, rel=2**-8)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_that_diverges_says_what_to_lower(directory: Path, nproc: int) -> None:
+    """One process sees it in the loss; with experts elsewhere, dispatch refuses the rows before they spread."""
+    with pytest.raises(UserError, match=r"step \d+: .*lower optim\.lr=1e\+30"):
+        curves(directory, nproc, "optim.lr=1e30", "train.steps=5", "schedule.warmup_steps=0")

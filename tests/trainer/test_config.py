@@ -41,6 +41,15 @@ def test_stored_configuration_gives_the_same_objects_again():
         (lambda: CommConfig(ep_size=[2, True]), r"comm\.ep_size="),
         (lambda: CommConfig(ep_size=0), r"comm\.ep_size=\[0\]: an expert-parallel size is at least 1"),
         (lambda: CommConfig(ranks_per_node=0), r"comm\.ranks_per_node=0"),
+        (lambda: CommConfig(chunks=0), r"comm\.chunks=0: use 1 for no overlap"),
+        (lambda: CommConfig(dispatcher="auto", chunks=4), r"comm\.chunks=4 has no use with comm=auto"),
+        (lambda: CommConfig(auto_wires=["bf16"]), r"comm\.auto_wires has no use with comm\.dispatcher=dedup"),
+        (lambda: CommConfig(cost_file="cost.json"), r"comm\.cost_file has no use with comm\.dispatcher=dedup"),
+        (lambda: c.BenchConfig(tokens=[]), r"tokens=\[\]: name at least one value"),
+        (lambda: c.BenchConfig(chunks=[1, 0]), r"chunks contains 0"),
+        (lambda: c.BenchConfig(repeats=0), r"repeats=0"),
+        (lambda: c.BenchConfig(timeout_s=0), r"timeout_s=0"),
+        (lambda: c.BenchConfig(experts=4), r"top_k=8 is more than the 4 experts"),
         (lambda: CommConfig(init_timeout_s=0), r"comm\.init_timeout_s=0"),
         (lambda: CommConfig(timeout_s=-1), r"comm\.timeout_s=-1"),
         (lambda: DataConfig(files=[1]), r"data\.files=\[1\]: use a path"),
@@ -111,6 +120,17 @@ def moe(experts: list[int], **comm) -> Config:
 def test_groups_that_do_not_fit_together_are_refused(config, world_size, message):
     with pytest.raises(ConfigError, match=message):
         validate(config, world_size)
+
+
+def test_wire_formats_and_cost_file_are_looked_at_before_workers_start(tmp_path):
+    config = moe([8])
+    config.comm.wire.combine.between = "fp9"
+    with pytest.raises(ConfigError, match=r"comm\.wire\.combine\.between=fp9: unknown, did you mean 'fp8'"):
+        validate(config, 1)
+    with pytest.raises(ConfigError, match=r"comm\.auto_wires=int4: unknown"):
+        validate(moe([8], dispatcher="auto", auto_wires=["bf16", "int4"]), 1)
+    with pytest.raises(ConfigError, match=r"comm\.cost_file: cost file .*none\.json cannot be read"):
+        validate(moe([8], dispatcher="auto", cost_file=str(tmp_path / "none.json")), 1)
 
 
 def test_router_is_known_and_takes_its_options():
