@@ -179,9 +179,9 @@ def check_headers(header: list[int], channel: Channel, task: str) -> None:
     own = channel.topology.rank
     if problems and channel.topology.board is not None:
         if own in statuses:
-            channel.topology.board.leave(f"{channel.label}, counts: it {STATUS[statuses[own]]}", stopped=True)
+            channel.topology.board.leave(f"{channel.place('counts')}: it {STATUS[statuses[own]]}", stopped=True)
         # All hear of it in their headers: to close connections that some still read would hide the reason.
-        heard = give_up(channel.topology, f"{channel.label}, counts, about to do {task}", at_once=False)
+        heard = give_up(channel.topology, f"{channel.place('counts')}, about to do {task}", at_once=False)
         error = NotFiniteError if NOT_FINITE in statuses.values() else CommError
         raise error(
             f"{channel.where}, counts: {'; '.join(problems)}. {heard} Every rank must run the same layers in the same "

@@ -48,6 +48,10 @@ class Channel:
         """This rank and layer, as errors begin."""
         return f"rank {self.topology.rank}" + (f", {self.label}" if self.label else "")
 
+    def place(self, *phase: str) -> str:
+        """Where this rank is, as the others read it in their errors."""
+        return ", ".join(part for part in (self.label, *phase) if part)
+
     @property
     def crosses_nodes(self) -> bool:
         """Whether any peer lives on another node."""
@@ -134,7 +138,7 @@ class Channel:
     def failure(self, phase: str, error: Exception) -> CommError:
         """The CommError for a transport error, with what the other ranks say of themselves."""
         reason = " ".join(str(error).split())
-        heard = give_up(self.topology, ", ".join(part for part in (self.label, phase, self.algorithm) if part))
+        heard = give_up(self.topology, self.place(phase, self.algorithm))
         heard = heard or "All ranks came to it, so a link between them is at fault."
         return CommError(
             f"{self.where}, {phase}: the exchange among ranks {list(self.ranks)} failed. {heard} (transport: {reason})"
