@@ -1,7 +1,8 @@
 """sudo scripts/netlab --nodes 2 --ranks-per-node 4 --rate 200mbit -- python scripts/bench/overlap.py --rate 200mbit
 
 How much of the way is hidden by cutting tokens into chunks: dedup's time ÷ link limit of its bytes, for several numbers
-of chunks; then with experts whose work, alone, takes about as long as the link: step ÷ the larger of the two alone.
+of chunks; then with experts whose work is of the link's order: step ÷ the larger of the two alone. CPU time stands
+beside: here the same cores carry experts and communication, and no schedule hides one behind the other beyond that.
 Everything is measured in turn, in one call. Collective; rank 0 prints and writes.
 """
 
@@ -31,12 +32,12 @@ from common import (
 from rich.console import Console
 from rich.table import Table
 
-from twohop.comm import TokenDispatcher, build_dispatcher
+from twohop.comm import Dispatched, TokenDispatcher, build_dispatcher
 from twohop.models.config import Activation
 from twohop.models.experts import Experts
 
 CASE = Case(tokens=512, k=8)
-FIRST_FFN_DIM = 64
+TRIAL_FFN_DIM = 128
 
 
 def main() -> None:
@@ -47,13 +48,10 @@ def main() -> None:
     limit_s = bytes_leaving_node(CASE, topology) * 8 / args.rate
     dispatchers = {c: build_dispatcher("dedup", topology, NUM_EXPERTS, chunks=c) for c in args.chunks}
 
-    ffn_dim = fitting_ffn_dim(dispatchers[args.chunks[0]], data, limit_s)
-    experts = Experts(NUM_EXPERTS // topology.ep_size, DIM, ffn_dim, Activation.gelu)
-    for weight in experts.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
-    measures: dict[str, Callable[[], tuple[float, ...]]] = {
-        "experts alone": partial(time_experts, dispatchers[args.chunks[0]], data, experts)
-    }
+    arrived = dispatchers[args.chunks[0]].dispatch(data.x_ND, data.ids_NK, data.weights_NK)
+    ffn_dim = fitting_ffn_dim(arrived, 2 * limit_s * args.compute)
+    experts = make_experts(len(arrived.counts), ffn_dim)
+    measures: dict[str, Callable[[], tuple[float, ...]]] = {"experts alone": partial(time_experts, arrived, experts)}
     for chunks, dispatcher in dispatchers.items():
         measures[f"dedup alone, {chunks}"] = partial(time_step, dispatcher, data, lambda rows, counts: rows)
         measures[f"with experts, {chunks}"] = partial(time_step, dispatcher, data, experts)
@@ -69,6 +67,7 @@ def main() -> None:
         "dim": DIM,
         "num_experts": NUM_EXPERTS,
         "ffn_dim": ffn_dim,
+        "compute": args.compute,
         "link_limit_s": limit_s,
         "seconds": seconds,
     }
@@ -83,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=rate_argument, required=True, help="of the links, e.g. 200mbit")
     parser.add_argument("--ranks-per-node", type=int, help="emulates nodes on one host")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--compute", type=float, default=0.5, help="CPU time of all experts ÷ cores ÷ link limit")
     parser.add_argument("--rounds", type=int, default=7, help="times are medians (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     return parser.parse_args()
@@ -104,31 +104,37 @@ def time_step(dispatcher: TokenDispatcher, data: Data, experts: Callable) -> tup
     return time_once(lambda *inputs: dispatcher.run(*inputs, experts)[0], data)
 
 
-def time_experts(dispatcher: TokenDispatcher, data: Data, experts: Experts) -> tuple[float, ...]:
-    """Seconds of the experts on the rows that they would get, all ranks at once. Collective."""
-    dispatched = dispatcher.dispatch(data.x_ND, data.ids_NK, data.weights_NK)
-    rows_RD = dispatched.rows.detach().requires_grad_()
-    grad_RD = torch.randn(rows_RD.shape)
+def time_experts(arrived: Dispatched, experts: Experts) -> tuple[float, ...]:
+    """Seconds of the experts on the rows that they get, all ranks at once. Collective."""
+    rows_RD = arrived.rows.detach().requires_grad_()
+    grad_RD = torch.ones_like(rows_RD)
     dist.barrier()
     start = time.perf_counter()
-    y_RD = experts(rows_RD, dispatched.counts)
+    y_RD = experts(rows_RD, arrived.counts)
     after_forward = time.perf_counter()
     y_RD.backward(grad_RD)
     return slowest(after_forward - start, time.perf_counter() - start)
 
 
-def fitting_ffn_dim(dispatcher: TokenDispatcher, data: Data, target_s: float) -> int:
-    """Hidden width with which the experts' forward takes about `target_s`; a multiple of 16. Collective."""
-    trial = Experts(dispatcher.num_local_experts, DIM, FIRST_FFN_DIM, Activation.gelu)
-    for weight in trial.parameters():
+def make_experts(count: int, ffn_dim: int) -> Experts:
+    experts = Experts(count, DIM, ffn_dim, Activation.gelu)
+    for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.02)
-    seconds, _ = in_turn({"": partial(time_experts, dispatcher, data, trial)}, 5)[""]
-    return max(16, round(FIRST_FFN_DIM * target_s / seconds / 16) * 16)
+    return experts
+
+
+def fitting_ffn_dim(arrived: Dispatched, target_s: float) -> int:
+    """Hidden width, a multiple of 16, with which all ranks' experts keep all cores busy for about `target_s`, forward
+    and backward. By CPU time, which other work on the machine disturbs less. Collective.
+    """
+    trial = make_experts(len(arrived.counts), TRIAL_FFN_DIM)
+    *_, cpu_s = in_turn({"": partial(with_cpu, partial(time_experts, arrived, trial))}, 5)[""]
+    return max(16, round(TRIAL_FFN_DIM * target_s / cpu_s / 16) * 16)
 
 
 def table(chunks: list[int], seconds: dict[str, tuple[float, ...]], limit_s: float) -> Table:
-    *alone, _ = seconds["experts alone"]
-    title = f"link limit {ms([limit_s, 2 * limit_s])} ms; experts alone {ms(alone)} ms"
+    *alone, experts_cpu = seconds["experts alone"]
+    title = f"link limit {ms([limit_s, 2 * limit_s])} ms; experts alone {ms(alone)} ms, CPU {ms([experts_cpu])} ms"
     shown = Table(title=title, caption="each: forward, then forward and backward", title_justify="left")
     for column in ("chunks", "dedup ms", "÷ link limit", "with experts ms", "÷ larger of the two alone", "CPU ms"):
         shown.add_column(column)

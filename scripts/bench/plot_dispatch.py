@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 matplotlib.use("svg")
 
@@ -43,7 +44,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     if not panels:
         raise SystemExit("nothing to draw: no two cases differ in size or in skew alone")
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.7 * len(panels), 3.4), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, (title, key, cases) in zip(axes[0], panels, strict=True):
         draw_panel(axis, title, key, cases)
     axes[0, 0].set_ylabel("seconds, forward and backward")
@@ -62,6 +65,8 @@ def draw_panel(axis: plt.Axes, title: str, key: str, cases: list[dict[str, Any]]
     axis.set(title=title, yscale="log", xlabel={"tokens": "tokens per rank", "skew": "hottest expert ÷ mean"}[key])
     axis.set_xscale("log", base=2)
     axis.set_xticks(x, [f"{value:g}" for value in x])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.grid(alpha=0.25, lw=0.6)
 

@@ -1,5 +1,6 @@
-"""How other systems dispatch, as short functions over the same transport, each differentiable by its transpose.
+"""How other systems dispatch, as short functions, each differentiable by its transpose.
 
+All use our transport, which is kinder to those with few peers than torch's all_to_all_single over gloo.
 Two layouts (one ragged row for every copy; equal blocks padded to the largest expert) times two exchanges each:
 
     copy per expert         ragged rows, one all-to-all              Megatron-Core, torchtitan
