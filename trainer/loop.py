@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from twohop.comm import NotFiniteError
+from twohop.comm.diagnose import announce_failure
 from twohop.trainer.data import micro_batch
 from twohop.trainer.errors import UserError
 from twohop.trainer.evaluate import cross_entropy_sum, evaluate, perplexity
@@ -39,8 +40,9 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
     config, steps = run.config, run.config.train.steps
     valid_loss = evaluate(run) if first_step >= steps else math.nan
     for step in range(first_step, steps):
-        record = train_step(run, step)
         done = step + 1
+        with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
+            record = train_step(run, step)
         progress.update(done, record["loss"], record["tokens_per_s"])
         if writer is not None:
             writer.log(done, record)

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from tests.tiny import tiny_config
+from twohop.comm import CommError
 from twohop.models import init_weights
+from twohop.trainer import loop
 from twohop.trainer.loop import train_step
+from twohop.trainer.progress import Progress
 from twohop.trainer.setup import Run, set_up
 from twohop.trainer.workers import train
-from twohop.trainer.world import join_world
+from twohop.trainer.world import join_world, rank
 
 Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
@@ -36,3 +39,24 @@ def train_run(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """A whole training as the command does it, in `run.dir`."""
     config = tiny_config(directory, *overrides)
     return train(config, None)
+
+
+def train_with_bad_data_on_rank_1(directory: Path) -> str:
+    """What each rank says when rank 1 cannot read its second batch."""
+    run = start(directory, "comm.ep_size=2", "comm.timeout_s=20")
+    read = loop.micro_batch
+
+    def fail_on_rank_1(*args: Any) -> torch.Tensor:
+        if rank() == 1:
+            raise OSError("the disk is gone")
+        return read(*args)
+
+    loop.train_step(run, 0)
+    loop.micro_batch = fail_on_rank_1
+    try:
+        loop.train(run, 1, "", None, Progress(run.config.train.steps, False))
+    except (CommError, OSError) as error:
+        return str(error)
+    finally:
+        loop.micro_batch = read
+    return ""

@@ -324,3 +324,10 @@ def test_local_rank_0_goes_first(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     first, *others = run_distributed(order_of_visits, 3, tmp_path, init=False)
     assert all(moment > first for moment in others)
+
+
+def test_an_error_on_one_rank_reaches_the_others_by_name(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    waiting, failed = run_distributed(runs.train_with_bad_data_on_rank_1, 2, tmp_path, init=False)
+    assert failed == "the disk is gone"
+    assert "rank 1 stopped: step 2: OSError: the disk is gone" in waiting
