@@ -122,8 +122,8 @@ def slowest(*seconds: float) -> tuple[float, ...]:
 
 def in_turn(
     measures: Mapping[str, Callable[[], tuple[float, ...]]], rounds: int, budget_s: float = float("inf")
-) -> dict[str, tuple[float, ...]]:
-    """Medians of up to `rounds` rounds, in each of which every measure has its turn, within `budget_s` seconds.
+) -> dict[str, list[tuple[float, ...]]]:
+    """The times of up to `rounds` rounds, in each of which every measure has its turn, within `budget_s` seconds.
 
     In turn, so that a busy minute of the machine hits all alike. At least one round is made. Collective.
     """
@@ -135,9 +135,12 @@ def in_turn(
         (spent,) = slowest(time.perf_counter() - start)
         if spent * (done + 1) / done > budget_s:
             break
-    return {
-        name: tuple(statistics.median(column) for column in zip(*rows, strict=True)) for name, rows in times.items()
-    }
+    return times
+
+
+def medians(times: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Of each column over the rounds."""
+    return tuple(statistics.median(column) for column in zip(*times, strict=True))
 
 
 def join_cluster(ranks_per_node: int | None) -> Topology:
@@ -167,7 +170,7 @@ def machine() -> dict[str, Any]:
     load = os.getloadavg()
     return {
         "cpu_count": os.cpu_count(),
-        "load_average_before": [round(x, 2) for x in load],
+        "load_average": [round(x, 2) for x in load],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "backend": dist.get_backend(),

@@ -24,6 +24,7 @@ from common import (
     in_turn,
     join_cluster,
     machine,
+    medians,
     rate_argument,
     scales,
     time_once,
@@ -63,6 +64,7 @@ def main() -> None:
         console.print(table(f"{case.tokens} tokens per rank, K={case.k}, hottest expert {case.skew:g} x", measured))
     result["layers"] = measure_layers(topology, args)
     console.print(table("A whole MoE layer with gating and experts", result["layers"]))
+    result["load_average_after"] = machine()["load_average"]
     if args.json and topology.rank == 0:
         write_json(args.json, result)
     dist.destroy_process_group()
@@ -82,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks-per-node", type=int, help="emulates nodes on one host")
     parser.add_argument("--rounds", type=int, default=5, help="at most; times are medians (default: 5)")
     parser.add_argument(
-        "--budget", type=float, default=12, metavar="SECONDS", help="for the rounds of a case; one is always made"
+        "--budget", type=float, default=25, metavar="SECONDS", help="for the rounds of a case; one is always made"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = parser.parse_args()
@@ -106,14 +108,15 @@ def measure_case(case: Case, topology: Topology, args: argparse.Namespace) -> di
         traffic[name] = between_nodes(meter)
         return seconds
 
-    seconds = in_turn({name: partial(measure, name) for name in forwards}, args.rounds, args.budget)
+    times = in_turn({name: partial(measure, name) for name in forwards}, args.rounds, args.budget)
     limit_s = bytes_leaving_node(case, topology) * 8 / args.rate if args.rate else None
     return {
         "tokens": case.tokens,
         "k": case.k,
         "skew": case.skew,
         "link_limit_s": limit_s,
-        "variants": [variant(name, seconds[name], traffic[name]) for name in forwards],
+        "rounds": rounds_of(times),
+        "variants": [variant(name, medians(times[name]), traffic[name]) for name in forwards],
     }
 
 
@@ -141,14 +144,19 @@ def measure_layers(topology: Topology, args: argparse.Namespace) -> dict[str, An
     expected = output_and_gradient(dense_layer(weights, case.k), data)
     measures = {name: partial(time_once, layer, data, expected) for name, layer in layers.items()}
     in_turn(measures, 1)
-    seconds = in_turn(measures, args.rounds, args.budget)
+    times = in_turn(measures, args.rounds, args.budget)
     return {
         "tokens": case.tokens,
         "k": case.k,
         "ffn_dim": LAYER_FFN_DIM,
-        "variants": [variant(name, seconds[name]) for name in layers],
+        "rounds": rounds_of(times),
+        "variants": [variant(name, medians(times[name])) for name in layers],
         "skipped": skipped,
     }
+
+
+def rounds_of(times: dict[str, list[tuple[float, ...]]]) -> int:
+    return max(len(rounds) for rounds in times.values())
 
 
 def variant(name: str, seconds: tuple[float, ...], traffic: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -167,6 +175,7 @@ def between_nodes(meter: TrafficMeter) -> tuple[int, ...]:
 def table(title: str, measured: dict[str, Any]) -> Table:
     limit_s = measured.get("link_limit_s")
     columns = ["forward ms", "forward + backward ms", "÷ link limit", "MB between nodes", "messages"]
+    title += f" (medians of {measured['rounds']})"
     shown = Table("", *columns, title=title, title_justify="left")
     for row in measured["variants"]:
         times = [row["forward_s"], row["forward_backward_s"]]

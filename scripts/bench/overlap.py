@@ -24,6 +24,7 @@ from common import (
     in_turn,
     join_cluster,
     machine,
+    medians,
     rate_argument,
     slowest,
     time_once,
@@ -57,10 +58,12 @@ def main() -> None:
         measures[f"with experts, {chunks}"] = partial(time_step, dispatcher, data, experts)
     measures = {name: partial(with_cpu, measure) for name, measure in measures.items()}
     in_turn(measures, 1)  # opens connections, touches memory
-    seconds = in_turn(measures, args.rounds)
+    seconds = {name: medians(times) for name, times in in_turn(measures, args.rounds).items()}
 
     result = {
         "machine": machine(),
+        "load_average_after": machine()["load_average"],
+        "rounds": args.rounds,
         "rate_bits_per_s": args.rate,
         "tokens": CASE.tokens,
         "k": CASE.k,
@@ -128,7 +131,7 @@ def fitting_ffn_dim(arrived: Dispatched, target_s: float) -> int:
     and backward. By CPU time, which other work on the machine disturbs less. Collective.
     """
     trial = make_experts(len(arrived.counts), TRIAL_FFN_DIM)
-    *_, cpu_s = in_turn({"": partial(with_cpu, partial(time_experts, arrived, trial))}, 5)[""]
+    *_, cpu_s = medians([with_cpu(partial(time_experts, arrived, trial)) for _ in range(5)])
     return max(16, round(TRIAL_FFN_DIM * target_s / cpu_s / 16) * 16)
 
 

@@ -97,6 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
     times = [
         [name, *(ms(row["forward_s"], row["forward_backward_s"]) for row in rows_of(cases, name))] for name in names
     ]
+    times.append(["rounds", *(str(case["rounds"]) for case in cases)])
     if result["rate_bits_per_s"]:
         times.insert(0, ["link limit", *(ms(case["link_limit_s"], 2 * case["link_limit_s"]) for case in cases)])
     sent = [[name, *map(traffic, rows_of(cases, name))] for name in names]

@@ -118,10 +118,12 @@ def test_rounds_stop_when_the_time_is_up(world_of_one: None) -> None:
         return (float(len(calls)),)
 
     measures = {name: partial(measure, name) for name in "ab"}
-    assert common.in_turn(measures, 3) == {"a": (3.0,), "b": (4.0,)}
+    times = common.in_turn(measures, 3)
+    assert times == {"a": [(1.0,), (3.0,), (5.0,)], "b": [(2.0,), (4.0,), (6.0,)]}
+    assert common.medians(times["b"]) == (4.0,)
     assert calls == list("ababab")
     calls.clear()
-    assert common.in_turn(measures, 3, 0.0) == {"a": (1.0,), "b": (2.0,)}
+    assert common.in_turn(measures, 3, 0.0) == {"a": [(1.0,)], "b": [(2.0,)]}
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
@@ -134,7 +136,7 @@ def test_results_are_printed_written_and_drawn(tmp_path: Path, capsys: pytest.Ca
     place = ["--ranks-per-node", "2", "--rate", "100mbit", "--rounds", "1", "--json", str(answer)]
     run = torchrun("scripts/bench/dispatch.py", *place, "--cases", "8:2", "16:2", "16:2:4")
     assert run.returncode == 0, run.stderr
-    assert "16 tokens per rank, K=2, hottest expert 4 x" in run.stdout
+    assert "16 tokens per rank, K=2, hottest expert 4 x (medians of 1)" in run.stdout
     result = json.loads(answer.read_text())
     case = result["cases"][0]
     assert (result["rate_bits_per_s"], case["tokens"], len(case["variants"])) == (100_000_000, 8, 10)
