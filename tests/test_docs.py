@@ -201,8 +201,7 @@ class Shell:
             "make": self.make,
             "twohop": self.twohop,
             "torchrun": self.torchrun,
-            "scripts/netlab": self.netlab,
-            "python": self.python,
+            ".venv/bin/python": self.python,  # under sudo, which knows no environment
             "pytest": lambda args: self.exist([arg for arg in args if "/" in arg]),
             "source": lambda args: None,  # .venv is there once `make` has run
         }
@@ -219,6 +218,8 @@ class Shell:
 
     def python(self, args: list[str]) -> None:
         self.exist(args[:1])
+        if args[0] == "scripts/netlab":
+            self.netlab(args[1:])
 
     def twohop(self, args: list[str]) -> None:
         args = [arg.replace("$RUN", str(self.stored_run)) for arg in args]
