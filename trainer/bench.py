@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -131,8 +132,12 @@ def _report(
     """Table, files and regrets: how much slower than the best way the predicted best one is."""
     ways = len(config.algorithms) * len(config.chunks)
     places = [timings[i : i + ways] for i in range(0, len(timings), ways)]
-    table = Table(title=f"dispatch and combine, {'forward and backward' if config.backward else 'forward'}")
-    for column in ("tokens", "K", "D", "way", "predicted ms", "measured ms", "MB out", ""):
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        title=f"dispatch and combine, {'forward and backward' if config.backward else 'forward'}",
+    )
+    for column in ("tokens", "K", "D", "way", "model ms", "ms", "MB out", ""):
         table.add_column(column, justify="left" if column in ("way", "") else "right", no_wrap=True)
     regrets = []
     for place in places:

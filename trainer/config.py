@@ -266,7 +266,7 @@ class CheckpointConfig:
 
 @dataclass
 class LaunchConfig:
-    """Worker processes that `twohop train` starts itself; ignored under torchrun or SLURM."""
+    """Worker processes that `twohop train` starts itself; ignored under torchrun."""
 
     nproc: int = 1
     omp_threads: int = 1  # OMP_NUM_THREADS of each worker

@@ -1,5 +1,6 @@
 """`twohop train`: compose, validate, decide the run folder, and let the workers train."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from twohop.trainer.app import run_app
@@ -27,4 +28,9 @@ def train(config: Config, sweep_dir: Path | None) -> float | None:
             )
         config.run.dir = str(sweep_dir)
     run_dir = None if joins_outer_launcher() else open_run(config)
-    return start(WORKER, config, run_dir).get("valid_loss")
+    try:
+        return start(WORKER, config, run_dir).get("valid_loss")
+    finally:
+        if run_dir is not None:
+            with suppress(OSError):  # only an empty folder can be removed: one of a run that never began
+                run_dir.rmdir()
