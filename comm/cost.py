@@ -4,9 +4,10 @@ A dispatch with its combine uses three kinds of resources: each level of the net
 sorts and sums rows. In one chunk they are used one after the other; with c chunks the most used one works all the
 time and the others hide behind it, except for 1/c of them at the beginning and the end:
 
-    T(c) = plan + latencies + max(resources) + (sum(resources) - max(resources)) / c
+    T(c) = base + max(resources) + (sum(resources) - max(resources)) / c
 
-Every chunk costs its messages again, so more chunks are not always better. All times are in seconds.
+The base is what a route takes to carry next to nothing: agreement, plan, latencies. Every further chunk costs its
+messages again, so more chunks are not always better. All times are in seconds.
 """
 
 import json
@@ -22,7 +23,6 @@ from twohop.comm.routes import ROUTES
 class LevelCost:
     """One level of the network, with all ranks sending at once."""
 
-    latency_s: float  # from the start of a small exchange to its end
     message_s: float  # for each further message while others are under way
     byte_s: float  # for each byte that one rank sends
 
@@ -54,8 +54,8 @@ class CostModel:
 
     levels: dict[str, LevelCost]  # by name of the level: rack, node, local
     copied_byte_s: float  # to copy or add one byte of a row on its way
-    exchange_s: float  # processor time of one exchange, whatever it carries
-    plan_s: float  # to agree and to plan, for each hop of a route
+    exchange_s: float  # processor time of one further exchange, whatever it carries
+    base_s: dict[str, float]  # by route: dispatch and combine of next to nothing, in one chunk
 
     def predict(self, work: Workload, block: Sequence[tuple[str, int]], algorithm: str, chunks: int) -> float:
         """Seconds of dispatch and combine. `block` is the EP group's grid: (level name, ranks along it), outermost
@@ -65,24 +65,20 @@ class CostModel:
         rows = [work.tokens * distinct_subtrees(work, block[: i + 1]) for i in range(len(block))]
         busy = dict.fromkeys([name for name, _ in block], 0.0)
         copied = 2 * work.tokens * work.top_k * work.row_bytes
-        processor, fixed, depth = 0.0, 0.0, -1
-        hops = ROUTES[algorithm](len(block)) if block else []
-        for hop in hops:
+        processor, depth = 0.0, -1
+        for hop in ROUTES[algorithm](len(block)) if block else []:
             depth = max((depth, *hop.spread))
             copied += 2 * rows[depth] * work.row_bytes
-            processor += 2 * chunks * self.exchange_s
-            traffic = traffic_of_hop(block, hop.exchange)
-            fixed += self.plan_s + 2 * max(self.levels[name].latency_s for name, _, _ in traffic)
-            for name, messages, share in traffic:
+            processor += 2 * (chunks - 1) * self.exchange_s
+            for name, messages, share in traffic_of_hop(block, hop.exchange):
                 wire_bytes = work.inside_row_bytes if name == "local" else work.between_row_bytes
                 level = self.levels[name]
-                busy[name] += 2 * (
-                    rows[depth] * share * wire_bytes * level.byte_s + chunks * messages * level.message_s
-                )
+                busy[name] += 2 * rows[depth] * share * wire_bytes * level.byte_s
+                busy[name] += 2 * (chunks - 1) * messages * level.message_s
         processor += copied * self.copied_byte_s
         resources = [*busy.values(), processor]
         longest = max(resources)
-        return fixed + longest + (sum(resources) - longest) / chunks
+        return self.base_s[algorithm] + longest + (sum(resources) - longest) / chunks
 
     def choose(
         self, work: Workload, block: Sequence[tuple[str, int]], algorithms: Iterable[str], chunks: Iterable[int]
@@ -104,9 +100,9 @@ class CostModel:
             values = json.loads(path.read_text())
             levels = {name: LevelCost(**level) for name, level in values.pop("levels").items()}
             model = cls(levels=levels, **values)
+            numbers = [model.copied_byte_s, model.exchange_s, *(model.base_s[name] for name in ROUTES)]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"cost file {path} cannot be read ({error}): name a file written by a probe") from error
-        numbers = [model.copied_byte_s, model.exchange_s, model.plan_s]
         numbers += [number for level in levels.values() for number in asdict(level).values()]
         if not all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError(f"cost file {path} holds a time that is negative or no number: probe again")

@@ -199,7 +199,13 @@ def _room(length: int) -> int:
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """Each tensor as a list of integers: the one host synchronisation of a dispatch."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist()
+    numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if numbers.is_cuda:
+        pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        pinned.copy_(numbers, non_blocking=True)
+        torch.cuda.current_stream().synchronize()  # this stream alone: exchanges of other layers run on
+        numbers = pinned
+    flat = numbers.tolist()
     ends = accumulate(tensor.numel() for tensor in tensors)
     return [flat[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
 

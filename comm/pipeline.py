@@ -4,6 +4,11 @@ Each exchange is two autograd nodes, one that starts it and one that waits; the 
 reverse exchange, the backward of starting to wait for it. Autograd walks nodes in the reverse order of their
 making, so a forward schedule that overlaps well runs backward as its mirror image and overlaps as well, and every
 rank issues the collectives of a group in the same order, in both directions.
+
+On CUDA each NCCL group has a stream of its own. Starting an exchange makes that stream wait, by an event, for the
+copies issued so far on the current one; waiting makes the current stream wait for the exchange, and never the host.
+Hops of different levels use different groups, hence run beside each other and beside the experts; memory of rows on
+their way is kept by the group until its stream has passed them.
 """
 
 from collections.abc import Callable, Iterator

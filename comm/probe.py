@@ -10,6 +10,7 @@ import torch.distributed as dist
 from twohop.comm.cost import CostModel, LevelCost, traffic_of_hop
 from twohop.comm.dispatcher import build_dispatcher
 from twohop.comm.exchange import Channel
+from twohop.comm.routes import ROUTES
 from twohop.comm.topology import Axis, Topology
 from twohop.comm.tree import Bag
 
@@ -27,8 +28,9 @@ def fit_cost_model(topology: Topology) -> CostModel:
     """
     levels = {axis.name: _level(topology, axis) for axis in topology.axes if axis.size > 1}
     copied_byte_s = _copying(topology)
-    exchange_s, plan_s = _overhead(topology, levels)
-    return CostModel(levels, copied_byte_s, exchange_s, plan_s)
+    base_s = {name: _carry_nothing(topology, name, chunks=1) for name in ROUTES}
+    more_s = _carry_nothing(topology, "flat", chunks=1 + MORE_CHUNKS) - base_s["flat"]
+    return CostModel(levels, copied_byte_s, _exchange_s(topology, levels, more_s), base_s)
 
 
 def _level(topology: Topology, axis: Axis) -> LevelCost:
@@ -48,7 +50,6 @@ def _level(topology: Topology, axis: Axis) -> LevelCost:
     size = min(MOST_BYTES, max(FIRST_BYTES, int(FIRST_BYTES * LARGE_S / max(first_s, 1e-6))))
     large_s = _time(topology, exchange(size), 3)
     return LevelCost(
-        latency_s=small_s,
         message_s=max(0.0, many_s - small_s) / (MANY - 1) / peers,
         byte_s=max(0.0, large_s - small_s) / (size - SMALL_BYTES),
     )
@@ -64,23 +65,21 @@ def _copying(topology: Topology) -> float:
     return seconds / (2 * table.numel() * table.element_size())
 
 
-def _overhead(topology: Topology, levels: dict[str, LevelCost]) -> tuple[float, float]:
-    """Processor time of an exchange and of a plan's hop, from dispatches that carry next to nothing."""
+def _carry_nothing(topology: Topology, route: str, chunks: int) -> float:
+    """Seconds of a dispatch and combine with one tiny token for every rank."""
     ids_NK = torch.arange(topology.ep_size, device=topology.device)[:, None]
     tokens_ND = torch.ones(topology.ep_size, 4, device=topology.device)
     weights_NK = torch.ones(topology.ep_size, 1, device=topology.device)
+    dispatcher = build_dispatcher(route, topology, topology.ep_size, chunks=chunks, label="probe")
+    return _time(topology, lambda: dispatcher.run(tokens_ND, ids_NK, weights_NK, lambda rows, counts: rows), 5)
 
-    def tiny(chunks: int) -> float:
-        dispatcher = build_dispatcher("flat", topology, topology.ep_size, chunks=chunks, label="probe")
-        return _time(topology, lambda: dispatcher.run(tokens_ND, ids_NK, weights_NK, lambda rows, counts: rows), 5)
 
-    one_s, more_s = tiny(1), tiny(1 + MORE_CHUNKS)
+def _exchange_s(topology: Topology, levels: dict[str, LevelCost], more_s: float) -> float:
+    """Processor time of an exchange: what MORE_CHUNKS more of them took, there and back, without their messages."""
     block = [(axis.name, axis.size) for axis in topology.axes if axis.size > 1]
     hop = traffic_of_hop(block, range(len(block))) if block else []
     messages_s = sum(messages * levels[name].message_s for name, messages, _ in hop)
-    latency_s = max((levels[name].latency_s for name, _, _ in hop), default=0.0)
-    exchange_s = max(0.0, (more_s - one_s) / (2 * MORE_CHUNKS) - messages_s)
-    return exchange_s, max(0.0, one_s - 2 * (exchange_s + messages_s + latency_s))
+    return max(0.0, more_s / (2 * MORE_CHUNKS) - messages_s)
 
 
 def _time(topology: Topology, work: Callable[[], object], repeats: int) -> float:

@@ -78,11 +78,13 @@ def run_layer(
     """One MoE layer on this rank: outputs, gradients, and what was sent."""
     meter = TrafficMeter()
     dispatcher = build_dispatcher(name, topology, num_experts, label="layer 0", meter=meter, **options)
-    x_ND, ids_NK, weights_NK, grad_ND = (t.clone() for t in case[topology.rank])
+    x_ND, ids_NK, weights_NK, grad_ND = (t.to(topology.device, copy=True) for t in case[topology.rank])
     x_ND.requires_grad_()
     weights_NK.requires_grad_()
     local = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local_experts)
-    w_EDD = expert_weights(num_experts, x_ND.shape[1], x_ND.dtype)[local].clone().requires_grad_()
+    w_EDD = (
+        expert_weights(num_experts, x_ND.shape[1], x_ND.dtype)[local].to(topology.device, copy=True).requires_grad_()
+    )
     if options.get("chunks", 1) > 1:
         y_ND, _ = dispatcher.run(x_ND, ids_NK, weights_NK, lambda rows, counts: all_experts(rows, counts, w_EDD))
         y_ND.backward(grad_ND)

@@ -18,7 +18,8 @@ from twohop.comm.cost import LevelCost, Workload, distinct_subtrees, traffic_of_
 from twohop.comm.routes import ROUTES
 
 BLOCK = [("node", 2), ("local", 4)]
-FREE = LevelCost(latency_s=0, message_s=0, byte_s=0)
+FREE = LevelCost(message_s=0, byte_s=0)
+NO_BASE = dict.fromkeys(ROUTES, 0.0)
 
 
 def work(tokens: int = 512, top_k: int = 8, experts: int = 64, row: float = 2048) -> Workload:
@@ -51,7 +52,7 @@ def test_messages_and_shares_of_an_exchange() -> None:
 
 
 def test_bytes_between_nodes_are_the_only_cost() -> None:
-    model = CostModel({"node": LevelCost(0, 0, 1e-9), "local": FREE}, 0, 0, 0)
+    model = CostModel({"node": LevelCost(0, 1e-9), "local": FREE}, 0, 0, NO_BASE)
     node = distinct_subtrees(work(), BLOCK[:1])
     rank = distinct_subtrees(work(), BLOCK)
     assert model.predict(work(), BLOCK, "dedup", 1) == pytest.approx(2 * 512 * node * 0.5 * 2048e-9)
@@ -60,32 +61,33 @@ def test_bytes_between_nodes_are_the_only_cost() -> None:
 
 
 def test_chunks_hide_the_shorter_resources_and_cost_messages() -> None:
-    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-8), "local": LevelCost(1e-4, 1e-5, 1e-9)}, 1e-10, 1e-5, 1e-3)
+    base = {"flat": 1e-3, "hierarchical": 3e-3, "dedup": 2e-3}
+    model = CostModel({"node": LevelCost(1e-4, 1e-8), "local": LevelCost(1e-5, 1e-9)}, 1e-10, 1e-5, base)
     node, rank = distinct_subtrees(work(), BLOCK[:1]), distinct_subtrees(work(), BLOCK)
     for chunks in (1, 4):
-        between = 2 * (512 * node * 0.5 * 2048 * 1e-8 + chunks * 1 * 1e-4)
-        inside = 2 * (512 * rank * 0.75 * 2048 * 1e-9 + chunks * 3 * 1e-5)
-        processor = 2 * 512 * 2048 * (8 + node + rank) * 1e-10 + 2 * 2 * chunks * 1e-5
-        fixed = 2 * 1e-3 + 2 * 1e-3 + 2 * 1e-4
+        between = 2 * (512 * node * 0.5 * 2048 * 1e-8 + (chunks - 1) * 1 * 1e-4)
+        inside = 2 * (512 * rank * 0.75 * 2048 * 1e-9 + (chunks - 1) * 3 * 1e-5)
+        processor = 2 * 512 * 2048 * (8 + node + rank) * 1e-10 + 2 * 2 * (chunks - 1) * 1e-5
         assert between > inside > processor
-        expected = fixed + between + (inside + processor) / chunks
+        expected = 2e-3 + between + (inside + processor) / chunks
         assert model.predict(work(), BLOCK, "dedup", chunks) == pytest.approx(expected)
 
 
 def test_one_process_costs_copies_alone() -> None:
-    model = CostModel({}, 1e-10, 1, 1)
+    model = CostModel({}, 1e-10, 1, NO_BASE)
     assert model.predict(work(), [("node", 1), ("local", 1)], "dedup", 1) == pytest.approx(2 * 512 * 8 * 2048e-10)
 
 
 def test_choice_is_the_smallest_prediction() -> None:
-    model = CostModel({"node": LevelCost(1e-3, 1e-3, 1e-8), "local": LevelCost(1e-4, 1e-5, 1e-9)}, 1e-10, 1e-4, 1e-3)
+    base = {"flat": 1e-3, "hierarchical": 3e-3, "dedup": 2e-3}
+    model = CostModel({"node": LevelCost(1e-3, 1e-8), "local": LevelCost(1e-5, 1e-9)}, 1e-10, 1e-4, base)
     ways = {(a, c): model.predict(work(), BLOCK, a, c) for a, c in product(ROUTES, (1, 2, 8))}
     choice = model.choose(work(), BLOCK, ROUTES, (1, 2, 8))
     assert ways[choice.algorithm, choice.chunks] == choice.seconds == min(ways.values())
 
 
 def test_file_brings_the_model_back(tmp_path: Path) -> None:
-    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-8)}, 1e-10, 1e-5, 1e-3)
+    model = CostModel({"node": LevelCost(1e-4, 1e-8)}, 1e-10, 1e-5, dict.fromkeys(ROUTES, 1e-3))
     model.save(tmp_path / "new" / "cost.json")
     assert CostModel.load(tmp_path / "new" / "cost.json") == model
 
@@ -93,11 +95,11 @@ def test_file_brings_the_model_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["missing", "not json", "a list", "lacks a key", "negative", "nan"])
 def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "cost.json"
-    values: dict[str, Any] = {"levels": {}, "copied_byte_s": 1e-9, "exchange_s": 1e-5, "plan_s": 1e-3}
+    values: dict[str, Any] = {"levels": {}, "copied_byte_s": 1e-9, "exchange_s": 1e-5, "base_s": dict(NO_BASE)}
     if damage == "lacks a key":
-        del values["plan_s"]
+        del values["base_s"]["dedup"]
     if damage in ("negative", "nan"):
-        values["plan_s"] = -1.0 if damage == "negative" else math.nan
+        values["base_s"]["flat"] = -1.0 if damage == "negative" else math.nan
     text = {"not json": "{", "a list": "[]"}.get(damage, json.dumps(values))
     if damage != "missing":
         path.write_text(text)
@@ -116,12 +118,12 @@ def test_probe_gives_all_ranks_the_same_model() -> None:
     assert len(set(map(repr, models))) == 1
     assert set(models[0].levels) == {"node", "local"}
     assert models[0].copied_byte_s > 0
-    assert all(level.latency_s > 0 for level in models[0].levels.values())
+    assert all(seconds > 0 for seconds in models[0].base_s.values())
 
 
 def auto_on_this_rank(case: list[Any], later: list[Any]) -> dict[str, Any]:
     """Fast links inside, a slow network with costly messages: dedup, and more chunks for more tokens."""
-    model = CostModel({"node": LevelCost(1e-3, 1e-4, 1e-6), "local": LevelCost(1e-5, 1e-6, 1e-7)}, 1e-10, 1e-6, 1e-5)
+    model = CostModel({"node": LevelCost(1e-4, 1e-6), "local": LevelCost(1e-6, 1e-7)}, 1e-10, 1e-6, NO_BASE)
     topology = Topology.discover(ranks_per_node=2, timeout_s=20)
     options = AutoOptions(model, chunks=(1, 2, 4))
     dispatcher = build_dispatcher("auto", topology, 8, auto=options)
@@ -149,7 +151,7 @@ def test_auto_chooses_alike_on_all_ranks_and_again_when_shapes_change() -> None:
 
 
 def test_auto_may_choose_a_format_when_allowed() -> None:
-    model = CostModel({"node": LevelCost(0, 0, 1e-6), "local": FREE}, 0, 0, 0)
+    model = CostModel({"node": LevelCost(0, 1e-6), "local": FREE}, 0, 0, NO_BASE)
     names = run_distributed(formats_on_this_rank, 2, model)
     assert names == [("fp32", "fp8")] * 2
 

@@ -95,7 +95,8 @@ def test_overlap_and_choice_change_no_result(directory: Path, one_process: runs.
 
 
 def test_a_kept_cost_model_is_used_instead_of_a_probe(directory: Path) -> None:
-    model = CostModel({"node": LevelCost(1e-4, 1e-5, 1e-7), "local": LevelCost(1e-5, 1e-6, 1e-9)}, 1e-10, 1e-5, 1e-4)
+    base = {"flat": 1e-4, "hierarchical": 1e-4, "dedup": 1e-4}
+    model = CostModel({"node": LevelCost(1e-5, 1e-7), "local": LevelCost(1e-6, 1e-9)}, 1e-10, 1e-5, base)
     model.save(directory / "kept.json")
     (directory / "run" / "cost.json").unlink(missing_ok=True)
     kept = ("comm.dispatcher=auto", f"comm.cost_file={directory / 'kept.json'}", "comm.auto_wires=[bf16]")

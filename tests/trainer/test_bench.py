@@ -42,7 +42,9 @@ def test_every_way_is_timed_at_every_size(tmp_path: Path, backward: bool) -> Non
 
 
 def test_a_kept_model_predicts_without_a_probe(tmp_path: Path) -> None:
-    CostModel({}, copied_byte_s=1.0, exchange_s=0.0, plan_s=0.0).save(tmp_path / "cost.json")
+    CostModel({}, copied_byte_s=1.0, exchange_s=0.0, base_s={"flat": 0, "hierarchical": 0, "dedup": 0}).save(
+        tmp_path / "cost.json"
+    )
     options = small(tmp_path, cost_file=str(tmp_path / "cost.json"), ranks_per_node=None)
     bench_dispatch(BenchConfig(**options), None)
     written = json.loads((tmp_path / "new" / "bench.json").read_text())

@@ -60,7 +60,12 @@ def test_every_command_has_help(capfd):
         assert (code, err) == (0, "")
         assert f"twohop {command}" in out
     _, out, _ = run("train --help", capfd)
-    for group in ("comm: auto, dedup, flat, hierarchical", "data: stdlib, text, tokens", "experiment: quickstart", "pr_moe"):
+    for group in (
+        "comm: auto, dedup, flat, hierarchical",
+        "data: stdlib, text, tokens",
+        "experiment: quickstart",
+        "pr_moe",
+    ):
         assert group in out
 
 
