@@ -1,26 +1,29 @@
 """Expert dispatch: tokens reach their experts in at most two hops and cross the slow network once.
 
-Knows no model, no config and no logging; process groups are passed in through a `Topology`.
+Knows no model, no config and no logging; process groups are passed in through a `Topology`. Names are imported on
+first use, so that the command line can answer without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
     from twohop.comm.cost import CostModel
     from twohop.comm.diagnose import announce_failure
-    from twohop.comm.dispatcher import AutoOptions, Dispatched, TokenDispatcher, build_dispatcher
+    from twohop.comm.dispatcher import Dispatched, TokenDispatcher, build_dispatcher
     from twohop.comm.errors import CommError, NotFiniteError
     from twohop.comm.probe import fit_cost_model
     from twohop.comm.topology import Topology
     from twohop.comm.traffic import TrafficMeter
-    from twohop.comm.wire import HopWires, Wires
+    from twohop.comm.way import AutoOptions
+    from twohop.comm.wiring import HopWires, Wires
 
 _HOME = {
     "build_all_to_all": "all_to_all",
     "CostModel": "cost",
-    "AutoOptions": "dispatcher",
+    "AutoOptions": "way",
     "Dispatched": "dispatcher",
     "TokenDispatcher": "dispatcher",
     "build_dispatcher": "dispatcher",
@@ -30,8 +33,8 @@ _HOME = {
     "fit_cost_model": "probe",
     "Topology": "topology",
     "TrafficMeter": "traffic",
-    "HopWires": "wire",
-    "Wires": "wire",
+    "HopWires": "wiring",
+    "Wires": "wiring",
 }
 __all__ = [
     "AutoOptions",
@@ -51,8 +54,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that the command line can answer without torch."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

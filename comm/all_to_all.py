@@ -45,13 +45,13 @@ class _Way:
     def there(self, rows: torch.Tensor, phase: str) -> torch.Tensor:
         for step in self.steps:
             rows = _reorder(rows, step.block_rows, step.order)
-            rows = step.channel.exchange(rows, step.send_rows, step.recv_rows, phase)
+            rows = step.channel.start(rows, step.send_rows, step.recv_rows, phase).wait()
         return _reorder(rows, self.block_rows, self.order)
 
     def back(self, rows: torch.Tensor, phase: str) -> torch.Tensor:
         rows = _undo_reorder(rows, self.block_rows, self.order)
         for step in reversed(self.steps):
-            rows = step.channel.exchange(rows, step.recv_rows, step.send_rows, phase)
+            rows = step.channel.start(rows, step.recv_rows, step.send_rows, phase).wait()
             rows = _undo_reorder(rows, step.block_rows, step.order)
         return rows
 
@@ -133,7 +133,7 @@ def _make_way(
         )
         counts, standing = incoming, moved
     for (_, channel), header in zip(hops, headers, strict=True):
-        check_headers(header.flatten().tolist(), channel, task)
+        check_headers(header.tolist(), channel, task)
     final = list(range(len(block)))
     way = _Way(tuple(steps), counts.permute(standing).flatten().tolist(), _block_order(block, standing, final))
     return way, counts.flatten()

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -97,40 +97,37 @@ def agree(
     Raises:
         CommError: a rank is about to do something else, is in trouble, died or did not come.
     """
-    experts, levels, chunks = grid.experts_per_rank, len(grid.block), counts.shape[-2]
-    wanted = [counts[..., :experts].sum()]
-    wanted += [_by_chunk(_without_repeats(counts[..., experts + level], level)) for level in range(levels)]
+    experts, levels = grid.experts_per_rank, range(len(grid.block))
+    own = counts[..., :experts].sum()
+    own_rows = [_by_chunk(_without_repeats(counts[..., experts + level], level)) for level in levels]
     level = -1  # the deepest level spread so far: a row is a (token, subtree of this level) pair
     hearsay = torch.stack([torch.zeros_like(status), torch.full_like(status, num_tokens)])
+    sizes, headers = [], []
     for hop, channel in hops:
         level = max((level, *hop.spread))
-        received, hearsay, header = exchange_counts(counts, hop.exchange, channel, task, status, hearsay)
-        rows = [_without_repeats(side[..., experts + level], level) for side in (counts, received)]
-        wanted += [_by_chunk_and_peer(side, hop.exchange) for side in rows]
-        wanted += [_by_chunk_and_peer(side[..., :experts].sum(-1), hop.exchange).sum(0) for side in (counts, received)]
-        wanted += [header]
-        counts = received
+        before = counts
+        counts, hearsay, header = exchange_counts(before, hop.exchange, channel, task, status, hearsay)
+        rows = [_without_repeats(side[..., experts + level], level) for side in (before, counts)]
+        assignments = [side[..., :experts].sum((-1, -2)) for side in (before, counts)]
+        sizes.append([_by_peer(side, hop.exchange) for side in (*rows, *(side[..., None] for side in assignments))])
+        headers.append(header)
     # What moved last varies slowest among the arrivals of a chunk.
     arrival = [axis for hop, _ in reversed(hops) for axis in hop.exchange]
-    per_home = counts[..., :experts].sum(-1).permute(levels, *arrival).reshape(-1)
-    wanted += [counts[..., :experts].sum(dim=list(range(levels))) if levels else counts, per_home.sum(), hearsay[1]]
+    per_home = counts[..., :experts].sum(-1).permute(len(levels), *arrival).reshape(-1)
+    per_expert = counts[..., :experts].sum(dim=list(levels)) if levels else counts
 
-    (own, *own_rows), hop_parts, (per_expert, arriving, most_tokens) = _regroup(
-        _to_host(wanted), 1 + levels, 5, len(hops)
-    )
-    for (_, channel), (*_, header_seen) in zip(hops, hop_parts, strict=True):
-        check_headers(header_seen, channel, task)
+    wanted = [own, own_rows, sizes, headers, per_expert, per_home.sum(), hearsay[1]]
+    own, own_rows, sizes, headers, per_expert, arriving, most_tokens = _to_host(wanted)
+    for (_, channel), header in zip(hops, headers, strict=True):
+        check_headers(header, channel, task)
     home = torch.arange(math.prod(grid.block), device=counts.device).view(grid.block).permute(arrival).reshape(-1)
     return Counts(
-        own=own[0],
+        own=own,
         own_rows=own_rows,
-        hops=[
-            HopCounts(_rows_of(send, chunks), _rows_of(recv, chunks), send_n, recv_n)
-            for send, recv, send_n, recv_n, _ in hop_parts
-        ],
-        per_expert=_rows_of(per_expert, chunks),
-        home_n=home.repeat(chunks).repeat_interleave(per_home, output_size=arriving[0]),
-        most_tokens=most_tokens[0],
+        hops=[HopCounts(send, recv, send_n[0], recv_n[0]) for send, recv, send_n, recv_n in sizes],
+        per_expert=per_expert,
+        home_n=home.repeat(counts.shape[-2]).repeat_interleave(per_home, output_size=arriving),
+        most_tokens=most_tokens,
     )
 
 
@@ -152,7 +149,7 @@ def exchange_counts(
     # NCCL wants to know exactly what comes.
     others = room if message.device.type == "cpu" else length
     rooms = [length if level == "own rank" else others for level in channel.levels]
-    answer = channel.exchange(message.view(-1), [length] * peers, rooms, "counts", room)
+    answer = channel.start(message.view(-1), [length] * peers, rooms, "counts", room).wait()
     received = torch.stack([message[:length] for message in answer.split(rooms)])
 
     ranks = torch.tensor(channel.ranks, device=counts.device)
@@ -163,10 +160,10 @@ def exchange_counts(
     return received[:, HEADER:].reshape(moved.shape).movedim(to_front, tuple(axes)), hearsay, received[:, :HEADER]
 
 
-def check_headers(header: list[int], channel: Channel, task: str) -> None:
-    """Raise a CommError that names the ranks of the channel in trouble or about to do anything but `task`."""
+def check_headers(headers: list[list[int]], channel: Channel, task: str) -> None:
+    """Raise a CommError that names the ranks, by their headers, in trouble or about to do anything but `task`."""
     mark = zlib.crc32(task.encode())
-    by_rank = {rank: header[HEADER * i : HEADER * i + HEADER] for i, rank in enumerate(channel.ranks)}
+    by_rank = dict(zip(channel.ranks, headers, strict=True))
     statuses = {rank: status for rank, (_, status, *_) in by_rank.items() if status in STATUS}
     others = [rank for rank, (theirs, *_) in by_rank.items() if theirs != mark]
     hearsay = max(trouble for _, _, trouble, _ in by_rank.values())
@@ -197,29 +194,32 @@ def _room(length: int) -> int:
     return room
 
 
-def _to_host(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Each tensor as a list of integers: the one host synchronisation of a dispatch."""
+def _to_host(wanted: Any) -> Any:
+    """Nested lists of tensors as nested lists of integers: the one host synchronisation of a dispatch."""
+    tensors: list[torch.Tensor] = []
+
+    def collect(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            tensors.append(item)
+        else:
+            for part in item:
+                collect(part)
+
+    collect(wanted)
     numbers = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if numbers.is_cuda:
         pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         pinned.copy_(numbers, non_blocking=True)
         torch.cuda.current_stream().synchronize()  # this stream alone: exchanges of other layers run on
         numbers = pinned
-    flat = numbers.tolist()
-    ends = accumulate(tensor.numel() for tensor in tensors)
-    return [flat[end - tensor.numel() : end] for tensor, end in zip(tensors, ends, strict=True)]
+    on_host = iter(numbers.split([tensor.numel() for tensor in tensors]))
 
+    def replace(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return next(on_host).view(item.shape).tolist()
+        return [replace(part) for part in item]
 
-def _regroup(
-    parts: list[list[int]], before: int, per_hop: int, hops: int
-) -> tuple[list[list[int]], list[list[list[int]]], list[list[int]]]:
-    middle = [parts[before + per_hop * i : before + per_hop * (i + 1)] for i in range(hops)]
-    return parts[:before], middle, parts[before + per_hop * hops :]
-
-
-def _rows_of(flat: list[int], rows: int) -> list[list[int]]:
-    width = len(flat) // rows
-    return [flat[width * i : width * (i + 1)] for i in range(rows)]
+    return replace(wanted)
 
 
 def _without_repeats(rows: torch.Tensor, level: int) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _by_chunk(counts: torch.Tensor) -> torch.Tensor:
     return counts.reshape(-1, counts.shape[-1]).sum(0)
 
 
-def _by_chunk_and_peer(counts: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+def _by_peer(counts: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     """[*block, chunks] -> [chunks, peers of an exchange along `axes`]."""
     others = [d for d in range(counts.dim() - 1) if d not in axes]
     total = counts.sum(dim=others) if others else counts

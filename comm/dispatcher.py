@@ -6,23 +6,22 @@ outputs and all gradients are the same to the bit.
 Shapes: N tokens, D width, K experts per token, R rows at this rank's experts.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from twohop.comm.cost import CostModel, Workload
 from twohop.comm.counts import NOT_FINITE, WRONG_EXPERTS, Grid
 from twohop.comm.diagnose import announce_failure
-from twohop.comm.exchange import Channel
 from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
 from twohop.comm.plan import Plan, make_plan
-from twohop.comm.routes import ROUTES, Hop
+from twohop.comm.routes import ROUTES
 from twohop.comm.topology import Topology
 from twohop.comm.traffic import TrafficMeter
-from twohop.comm.wire import Direction, Wires
+from twohop.comm.way import AutoOptions, Chooser, Way, by_cost, hops_of
+from twohop.comm.wire import check_wires
+from twohop.comm.wiring import Wires
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,7 @@ class Dispatched:
     counts: list[int]  # rows of each local expert, on the host
     plan: Plan
     weight_n: torch.Tensor  # combine weights, in order of arrival
-    way: "Way"
-
-
-@dataclass(frozen=True)
-class AutoOptions:
-    """What `auto` chooses by, and from what."""
-
-    model: CostModel
-    tokens: int = 0  # of a rank, expected at the first call; later calls know
-    chunks: tuple[int, ...] = (1, 2, 4, 8, 16)
-    between_wires: tuple[str, ...] = ()  # formats that it may use between nodes; none: it keeps the given wires
-
-
-@dataclass(frozen=True)
-class Way:
-    """How tokens are carried: a route, cut into chunks, encoded."""
-
-    name: str
-    hops: tuple[tuple[Hop, Channel], ...]
-    chunks: int
-    wires: Wires
-
-
-Chooser = Callable[[int, int, int, torch.dtype], Way]  # (most tokens of a rank, K, D, dtype) -> way
+    way: Way
 
 
 class TokenDispatcher:
@@ -180,8 +156,8 @@ class TokenDispatcher:
             f"gradients of {_needing_gradient(tokens=tokens_ND, weights=weights_NK)}, {self.label}"
         )
         with torch.no_grad():
-            # NaN and infinities survive a sum, so one reduction looks at every number.
-            finite = tokens_ND.sum(dtype=carried_NK.dtype).isfinite()
+            # NaN and infinities survive a sum, so one reduction looks at every number; finite rows fit an fp64 sum.
+            finite = tokens_ND.sum(dtype=torch.float64).isfinite()
             unknown_NK = expert_ids_NK >= self.num_experts
             status = torch.where(unknown_NK.any(), WRONG_EXPERTS, NOT_FINITE * ~finite)
             ids_NK = expert_ids_NK.masked_fill(unknown_NK, -1)
@@ -231,7 +207,8 @@ def build_dispatcher(
         auto: what `auto` chooses by; the same on all ranks.
 
     Raises:
-        ValueError: an unknown name, experts that the EP group cannot share evenly, or auto without its options.
+        ValueError: an unknown name or wire format, experts that the EP group cannot share evenly,
+            or auto without its options.
     """
     if name not in (*ROUTES, "auto"):
         raise ValueError(f"unknown dispatcher {name!r}: use one of {', '.join(ROUTES)}, auto")
@@ -243,53 +220,11 @@ def build_dispatcher(
     if chunks < 1:
         raise ValueError(f"chunks={chunks}: use 1 for no overlap, or more")
     wires = wires or Wires()
+    check_wires(wires)
     if name != "auto":
-        way = Way(name, _hops(name, topology, label, meter), chunks, wires)
+        way = Way(name, hops_of(name, topology, label, meter), chunks, wires)
         return TokenDispatcher(topology, num_experts, label, lambda *_: way, 0)
     if auto is None:
         raise ValueError("dispatcher auto needs AutoOptions: fit a cost model or load one")
-    hops = {name: _hops(name, topology, label, meter) for name in ROUTES}
-    return TokenDispatcher(
-        topology, num_experts, label, _by_cost(topology, num_experts, wires, hops, auto), auto.tokens
-    )
-
-
-def _hops(name: str, topology: Topology, label: str, meter: TrafficMeter | None) -> tuple[tuple[Hop, Channel], ...]:
-    axes = [axis for axis in topology.axes if axis.size > 1]  # a level of one rank has nothing to exchange
-    hops = []
-    for hop in ROUTES[name](len(axes)) if axes else []:
-        group = axes[hop.exchange[0]].group if len(hop.exchange) == 1 else topology.ep_group
-        hops.append((hop, Channel.make(topology, group, label, meter, f"{name} dispatch")))
-    return tuple(hops)
-
-
-def _by_cost(
-    topology: Topology,
-    num_experts: int,
-    wires: Wires,
-    hops: dict[str, tuple[tuple[Hop, Channel], ...]],
-    options: AutoOptions,
-) -> Chooser:
-    """Chooses by predicted time: a function of its arguments alone, which all ranks know alike."""
-    block = [(axis.name, axis.size) for axis in topology.axes]
-    candidates = [wires.with_between(name) for name in options.between_wires] or [wires]
-
-    @functools.cache
-    def choose(size_class: int, k: int, d: int, dtype: torch.dtype) -> Way:
-        choices = []
-        for used in candidates:
-            inside, between = (used.format(Direction.dispatch, crosses) for crosses in (False, True))
-            work = Workload(
-                tokens=2**size_class,
-                top_k=k,
-                num_experts=num_experts,
-                row_bytes=d * dtype.itemsize,
-                between_row_bytes=between.row_bytes(d, dtype),
-                inside_row_bytes=inside.row_bytes(d, dtype),
-            )
-            choices.append((options.model.choose(work, block, ROUTES, options.chunks), used))
-        choice, used = min(choices, key=lambda pair: pair[0].seconds)
-        return Way(choice.algorithm, hops[choice.algorithm], choice.chunks, used)
-
-    # Sizes are taken to the next power of two, so that small changes do not change the way.
-    return lambda most_tokens, k, d, dtype: choose(max(0, most_tokens - 1).bit_length(), k, d, dtype)
+    hops = {name: hops_of(name, topology, label, meter) for name in ROUTES}
+    return TokenDispatcher(topology, num_experts, label, by_cost(topology, num_experts, wires, hops, auto), auto.tokens)

@@ -124,17 +124,6 @@ class Channel:
                 works.append(dist.isend(block, rank, self.group, tag(block)))
         return works
 
-    def exchange(
-        self,
-        rows: torch.Tensor,
-        send_splits: Sequence[int],
-        recv_splits: Sequence[int],
-        phase: str,
-        room: int | None = None,
-    ) -> torch.Tensor:
-        """`start` and wait: [sum(recv_splits), ...], what the peers sent, in order of the peers."""
-        return self.start(rows, send_splits, recv_splits, phase, room).wait()
-
     def failure(self, phase: str, error: Exception) -> CommError:
         """The CommError for a transport error, with what the other ranks say of themselves."""
         reason = " ".join(str(error).split())

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from twohop.comm.exchange import Pending
 from twohop.comm.plan import Chunk, Move, Plan
 from twohop.comm.tree import Spread
-from twohop.comm.wire import Direction, Wires
+from twohop.comm.wire import format_of
+from twohop.comm.wiring import Direction, Wires
 
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows [R, D], rows of each expert) -> [R, D]
 
@@ -37,21 +38,17 @@ class _Transfer:
         if direction is Direction.combine:
             self.there = self.there[::-1]
         self.pending: Pending | None = None
-        self.dtype = torch.float32
 
     def start(self, rows: torch.Tensor, backward: bool) -> None:
         direction = BACKWARD[self.direction] if backward else self.direction
-        self.dtype = rows.dtype
-        wire = self.wires.format(direction, self.channel.crosses_nodes)
         send, recv = self.there[::-1] if backward else self.there
-        self.pending = self.channel.start(wire.encode(rows), send, recv, direction.value)
+        self.dtype, self.wire = rows.dtype, format_of(self.wires, direction, self.channel.crosses_nodes)
+        self.pending = self.channel.start(self.wire.encode(rows), send, recv, direction.value)
 
-    def wait(self, backward: bool) -> torch.Tensor:
+    def wait(self) -> torch.Tensor:
         assert self.pending is not None
-        direction = BACKWARD[self.direction] if backward else self.direction
-        wire = self.wires.format(direction, self.channel.crosses_nodes)
         received, self.pending = self.pending.wait(), None
-        return wire.decode(received, self.dtype)
+        return self.wire.decode(received, self.dtype)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -76,7 +73,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ticket: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.transfer.wait(backward=True), None
+        return ctx.transfer.wait(), None
 
 
 class _Wait(torch.autograd.Function):
@@ -85,7 +82,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: torch.Tensor, transfer: _Transfer) -> torch.Tensor:
         ctx.transfer = transfer
-        return transfer.wait(backward=False)
+        return transfer.wait()
 
     @staticmethod
     @once_differentiable
@@ -94,32 +91,26 @@ class _Wait(torch.autograd.Function):
         return grad.new_empty(0), None
 
 
-class _Down(torch.autograd.Function):
-    """Copy rows to their children; backward sums the children."""
+class _Spread(torch.autograd.Function):
+    """Copy rows to their children (down) or sum the children (up); each is the backward of the other."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, spread: Spread) -> torch.Tensor:
-        ctx.spread = spread
-        return spread.down(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.spread.up(grad), None
-
-
-class _Up(torch.autograd.Function):
-    """Sum children; backward copies the gradient to them."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, spread: Spread) -> torch.Tensor:
-        ctx.spread = spread
-        return spread.up(rows)
+    def forward(ctx: Any, rows: torch.Tensor, spread: Spread, up: bool) -> torch.Tensor:
+        ctx.spread, ctx.up = spread, up
+        return spread.up(rows) if up else spread.down(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.spread.down(grad), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.spread.down(grad) if ctx.up else ctx.spread.up(grad), None, None
+
+
+def _down(rows: torch.Tensor, spread: Spread) -> torch.Tensor:
+    return _Spread.apply(rows, spread, False)
+
+
+def _up(rows: torch.Tensor, spread: Spread) -> torch.Tensor:
+    return _Spread.apply(rows, spread, True)
 
 
 class _WeighAndSum(torch.autograd.Function):
@@ -169,11 +160,11 @@ def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torc
     rows = tokens
     for move in chunk.moves:
         transfer = _Transfer(move, Direction.dispatch, wires)
-        ticket = _Start.apply(_Down.apply(rows, move.spread), transfer)
+        ticket = _Start.apply(_down(rows, move.spread), transfer)
         with transfer.under_way():
             yield ticket
         rows = _Wait.apply(ticket, transfer)
-    yield _Down.apply(rows, chunk.to_experts)
+    yield _down(rows, chunk.to_experts)
 
 
 def way_home(rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
@@ -184,7 +175,7 @@ def way_home(rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires:
         ticket = _Start.apply(rows, transfer)
         with transfer.under_way():
             yield ticket
-        rows = _Up.apply(_Wait.apply(ticket, transfer), move.spread)
+        rows = _up(_Wait.apply(ticket, transfer), move.spread)
     yield rows
 
 

@@ -78,7 +78,7 @@ class Plan:
         """One value for each assignment that arrived, home to the slots [N * K] that caused them; 0 elsewhere."""
         for move in reversed(self.assignment_moves):
             arrived_n = torch.empty_like(value_n).index_copy_(0, move.arriving_n, value_n)
-            sent_n = move.channel.exchange(arrived_n, move.recv, move.send, phase)
+            sent_n = move.channel.start(arrived_n, move.recv, move.send, phase).wait()
             value_n = torch.empty_like(sent_n).index_copy_(0, move.sending_n, sent_n)
         return value_n.new_zeros(self.num_slots).index_copy_(0, self.slot_n, value_n)
 
@@ -223,7 +223,7 @@ def _move(
     integer = torch.int32 if weight_n.dtype == torch.float32 else torch.int64
     sending_n = peer_n.argsort(stable=True)
     pair_n2 = torch.stack([code_n.to(integer), weight_n.view(integer)], dim=1).index_select(0, sending_n)
-    pair_n2 = channel.exchange(pair_n2, sizes.send_assignments, sizes.recv_assignments, "metadata")
+    pair_n2 = channel.start(pair_n2, sizes.send_assignments, sizes.recv_assignments, "metadata").wait()
     arriving_n = (pair_n2[:, 0] // 2 % num_chunks).argsort(stable=True)
     pair_n2 = pair_n2.index_select(0, arriving_n)
     code_n, weight_n = pair_n2[:, 0].long(), pair_n2[:, 1].contiguous().view(weight_n.dtype)

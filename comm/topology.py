@@ -9,7 +9,6 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
 from typing import Any
 
 import torch
@@ -233,11 +232,6 @@ def ep_grid(levels: tuple[int, ...], block: tuple[int, ...]) -> torch.Tensor:
     grid = torch.arange(math.prod(levels)).view(split)
     outer, inner = range(0, 2 * len(levels), 2), range(1, 2 * len(levels), 2)
     return grid.permute(*outer, *inner).reshape(-1, math.prod(block))
-
-
-def block_coordinates(block: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Coordinates of every EP rank in its block, in EP-rank order."""
-    return list(product(*(range(size) for size in block)))
 
 
 def _check_asked(asked: list[str], rank: int, emulated: object) -> None:

@@ -5,10 +5,11 @@ backend moves; gloo and older NCCL refuse float8, so 8-bit formats travel as uin
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import asdict, dataclass
 
 import torch
+
+from twohop.comm.wiring import Direction, Wires
 
 FP8_MAX = 448.0  # largest finite e4m3 number
 INT8_MAX = 127.0
@@ -92,55 +93,17 @@ FORMATS: dict[str, WireFormat] = {
 }
 
 
-class Direction(Enum):
-    """What a row is on its way for."""
-
-    dispatch = "dispatch"
-    combine = "combine"
-    dispatch_backward = "dispatch backward"
-    combine_backward = "combine backward"
+def format_of(wires: Wires, direction: Direction, crosses_nodes: bool) -> WireFormat:
+    """The format of one hop."""
+    hop = wires.of(direction)
+    return FORMATS[hop.between if crosses_nodes else hop.inside]
 
 
-@dataclass(frozen=True)
-class HopWires:
-    """The format of each kind of hop."""
-
-    inside: str = "fp32"  # inside a node
-    between: str = "fp32"  # between nodes; also of a flat exchange that leaves the node
-
-    def __post_init__(self) -> None:
-        for key, name in (("inside", self.inside), ("between", self.between)):
+def check_wires(wires: Wires) -> None:
+    """Raise a ValueError that names direction, hop and the known formats, unless all are known."""
+    for direction in Direction:
+        for kind, name in asdict(wires.of(direction)).items():
             if name not in FORMATS:
-                raise ValueError(f"unknown wire format {key}={name!r}: use one of {', '.join(FORMATS)}")
-
-
-@dataclass(frozen=True)
-class Wires:
-    """The formats of a dispatcher, for each direction, forward and backward apart."""
-
-    dispatch: HopWires = field(default_factory=HopWires)
-    combine: HopWires = field(default_factory=HopWires)
-    dispatch_backward: HopWires = field(default_factory=HopWires)
-    combine_backward: HopWires = field(default_factory=HopWires)
-
-    @classmethod
-    def uniform(cls, inside: str, between: str) -> "Wires":
-        """The same for all directions."""
-        hop = HopWires(inside, between)
-        return cls(hop, hop, hop, hop)
-
-    def __str__(self) -> str:
-        """Short, for errors: inside/between of each direction, or of all."""
-        formats = {d.value: f"{hop.inside}/{hop.between}" for d in Direction for hop in [getattr(self, d.name)]}
-        if len(set(formats.values())) == 1:
-            return f"{formats[Direction.dispatch.value]} on the wire"
-        return ", ".join(f"{value} for {name}" for name, value in formats.items())
-
-    def with_between(self, between: str) -> "Wires":
-        """The same, with another format on all hops between nodes."""
-        return Wires(**{d.name: replace(getattr(self, d.name), between=between) for d in Direction})
-
-    def format(self, direction: Direction, crosses_nodes: bool) -> WireFormat:
-        """The format of one hop."""
-        hop: HopWires = getattr(self, direction.name)
-        return FORMATS[hop.between if crosses_nodes else hop.inside]
+                raise ValueError(
+                    f"unknown wire format {direction.name}.{kind}={name!r}: use one of {', '.join(FORMATS)}"
+                )

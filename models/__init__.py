@@ -3,8 +3,9 @@
 Names are imported on first use, so that reading a configuration does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
@@ -57,7 +58,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

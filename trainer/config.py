@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from twohop.comm.wiring import Wires
 from twohop.models.config import ModelConfig
 
 
@@ -55,30 +56,12 @@ def _listed(value: Any, kind: type, key: str, wanted: str) -> list:
 
 
 @dataclass
-class HopWireConfig:
-    """How rows are encoded on each kind of hop: fp32 (as they are), bf16, fp8, fp8_128 or int8."""
-
-    inside: str = "fp32"  # inside a node
-    between: str = "fp32"  # between nodes
-
-
-@dataclass
-class WireConfig:
-    """Wire formats of each direction, forward and backward apart."""
-
-    dispatch: HopWireConfig = field(default_factory=HopWireConfig)
-    combine: HopWireConfig = field(default_factory=HopWireConfig)
-    dispatch_backward: HopWireConfig = field(default_factory=HopWireConfig)
-    combine_backward: HopWireConfig = field(default_factory=HopWireConfig)
-
-
-@dataclass
 class CommConfig:
     """How tokens travel to their experts."""
 
     dispatcher: str = "dedup"  # flat | hierarchical | dedup | auto
     chunks: int = 1  # parts of the tokens whose hops and experts overlap; auto chooses by itself
-    wire: WireConfig = field(default_factory=WireConfig)
+    wire: Wires = field(default_factory=Wires)
     auto_wires: list[str] = field(default_factory=list)  # formats that auto may choose between nodes; []: keeps wire
     cost_file: str | None = None  # auto: predict by this model; null: probe the network at start-up
     ranks_per_node: int | None = None  # null: from torchrun; a number emulates nodes on one host

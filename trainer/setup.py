@@ -1,6 +1,6 @@
 """From a `Config` to everything that a worker needs: topology, data, model, engine."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,9 @@ from torch import Tensor
 from twohop.comm import (
     AutoOptions,
     CostModel,
-    HopWires,
     TokenDispatcher,
     Topology,
     TrafficMeter,
-    Wires,
     build_dispatcher,
     fit_cost_model,
 )
@@ -93,7 +91,6 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
 
     auto = _auto_options(config, topology, directory) if config.comm.dispatcher == "auto" else None
-    wires = Wires(**{d.name: HopWires(**asdict(getattr(config.comm.wire, d.name))) for d in fields(config.comm.wire)})
 
     def make_dispatcher(layer: int, num_experts: int) -> TokenDispatcher:
         return build_dispatcher(
@@ -101,7 +98,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
             topology.with_ep(ep_sizes[layer]),
             num_experts,
             chunks=config.comm.chunks,
-            wires=wires,
+            wires=config.comm.wire,
             auto=auto,
             label=f"MoE layer {layer}",
             meter=meter,

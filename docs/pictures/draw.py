@@ -6,12 +6,12 @@ Draws the pictures of the documentation. What can be computed is: the routes fro
 
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from twohop.comm.pipeline import Turn, schedule
 from twohop.comm.routes import ROUTES, Hop
-from twohop.comm.topology import block_coordinates, ep_block, ep_grid
+from twohop.comm.topology import ep_block, ep_grid
 
 INK, FAINT, PAPER, FRAME = "#24303f", "#5f6f84", "#f8fafc", "#d3dce8"
 BETWEEN, INSIDE, EXPERTS, PLAIN = "#2f6db3", "#1f8a7d", "#b9770e", "#8290a3"
@@ -131,7 +131,7 @@ def token_way() -> Picture:
 
 def moves(hops: Sequence[Hop], block: tuple[int, ...], expert_ranks: Sequence[int]) -> list[tuple[int, int, int]]:
     """(from, to, hop) of every row that leaves a rank, for a token of rank 0 whose experts live on `expert_ranks`."""
-    coordinates = block_coordinates(block)
+    coordinates = list(product(*map(range, block)))
     rows, made = [(0, tuple(expert_ranks))], []
     for number, hop in enumerate(hops):
         arrived = []

@@ -162,13 +162,13 @@ class Rivals:
         """[P, E]: how many copies each rank sends to each expert."""
         counts_E = ids_NK.flatten().bincount(minlength=NUM_EXPERTS)
         sizes = [NUM_EXPERTS] * self.p
-        return self.all.exchange(counts_E.repeat(self.p), sizes, sizes, "counts").view(self.p, NUM_EXPERTS)
+        return self.all.start(counts_E.repeat(self.p), sizes, sizes, "counts").wait().view(self.p, NUM_EXPERTS)
 
     # -- exchanges -------------------------------------------------------------------------------------------------
 
     def _direct(self, rows_CD: torch.Tensor, rows_PP: torch.Tensor) -> torch.Tensor:
         send, recv = rows_PP[self.rank].tolist(), rows_PP[:, self.rank].tolist()
-        return self.all.exchange(rows_CD, send, recv, "rows")
+        return self.all.start(rows_CD, send, recv, "rows").wait()
 
     def _by_leader(self, rows_CD: torch.Tensor, rows_PP: torch.Tensor) -> torch.Tensor:
         """The node's ranks -> their leader, leader -> leaders, leader -> the node's ranks."""
@@ -178,25 +178,25 @@ class Rivals:
         to_leader = [len(rows_CD)] + [0] * (per_node - 1)
         leads = place == 0
         gathered = rows_MLML[node].sum((1, 2)).tolist() if leads else [0] * per_node
-        rows = self.node.exchange(rows_CD, to_leader, gathered, "gather")
+        rows = self.node.start(rows_CD, to_leader, gathered, "gather").wait()
         scattered = [0] * per_node
         if leads:
             rows = _reorder_blocks(rows, rows_MLML[node], (1, 0, 2))  # by destination node
             send, recv = rows_MLML[node].sum((0, 2)).tolist(), rows_MLML[:, :, node].sum((1, 2)).tolist()
-            rows = self.rail.exchange(rows, send, recv, "rows")
+            rows = self.rail.start(rows, send, recv, "rows").wait()
             rows = _reorder_blocks(rows, rows_MLML[:, :, node], (2, 0, 1))  # by destination rank
             scattered = rows_MLML[:, :, node].sum((0, 1)).tolist()
         own = int(rows_PP[:, self.rank].sum())
-        return self.node.exchange(rows, scattered, [own] + [0] * (per_node - 1), "scatter")
+        return self.node.start(rows, scattered, [own] + [0] * (per_node - 1), "scatter").wait()
 
     def _two_level(self, rows_CD: torch.Tensor, rows_PP: torch.Tensor) -> torch.Tensor:
         """Equal blocks to the local rank of their destination inside the node, then along the rail."""
         nodes, per_node = self.grid
         block = int(rows_PP[0, 0])
         blocks = rows_CD.view(nodes, per_node, block * DIM).transpose(0, 1).reshape(-1, block * DIM)
-        blocks = self.node.exchange(blocks, [nodes] * per_node, [nodes] * per_node, "rows")
+        blocks = self.node.start(blocks, [nodes] * per_node, [nodes] * per_node, "rows").wait()
         blocks = blocks.view(per_node, nodes, block * DIM).transpose(0, 1).reshape(-1, block * DIM)
-        return self.rail.exchange(blocks, [per_node] * nodes, [per_node] * nodes, "rows").view(-1, DIM)
+        return self.rail.start(blocks, [per_node] * nodes, [per_node] * nodes, "rows").wait().view(-1, DIM)
 
 
 def _reorder_blocks(rows: torch.Tensor, sizes: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

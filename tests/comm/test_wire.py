@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.comm.reference import make_case, run_layer
 from tests.distributed import run_distributed
-from twohop.comm import HopWires, Topology, Wires
-from twohop.comm.wire import FORMATS, Direction
+from twohop.comm import HopWires, Topology, Wires, build_dispatcher
+from twohop.comm.wire import FORMATS
+from twohop.comm.wiring import Direction
 
 LOSSY = [name for name in FORMATS if name != "fp32"]
 
@@ -114,5 +115,5 @@ def test_lossy_layer_stays_close() -> None:
 
 
 def test_unknown_format_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown wire format between='fp4': use one of fp32, bf16"):
-        HopWires(between="fp4")
+    with pytest.raises(ValueError, match=r"unknown wire format combine\.between='fp4': use one of fp32, bf16"):
+        build_dispatcher("dedup", Topology.one_process(), 4, wires=Wires(combine=HopWires(between="fp4")))

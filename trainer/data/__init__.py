@@ -3,8 +3,15 @@
 Everything is loaded at first use: this package costs nothing until data is needed.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from twohop.comm.lazy import lazily
+
+if TYPE_CHECKING:
+    from twohop.trainer.data.build import Data, build_data, prepare
+    from twohop.trainer.data.order import micro_batch, sample_index
+    from twohop.trainer.data.tokenizer import Tokenizer, load_tokenizer
+    from twohop.trainer.data.tokens import TokenWindows, unigram_entropy
 
 _HOME = {
     "Data": "build",
@@ -17,10 +24,17 @@ _HOME = {
     "micro_batch": "order",
     "sample_index": "order",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "Data",
+    "TokenWindows",
+    "Tokenizer",
+    "build_data",
+    "load_tokenizer",
+    "micro_batch",
+    "prepare",
+    "sample_index",
+    "unigram_entropy",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)
