@@ -12,7 +12,7 @@ from twohop.models.capacity import drop_overflow, expert_capacity
 from twohop.models.config import ModelConfig, Residual
 from twohop.models.experts import Experts
 from twohop.models.feed_forward import FeedForward
-from twohop.models.routers import Routing, build_router
+from twohop.models.routers import Routing, TokenInfo, build_router
 
 
 class MoEStats(NamedTuple):
@@ -40,10 +40,10 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(config.dim, moe.shared_ffn_dim, config.activation) if moe.shared_ffn_dim else None
         self.residual = ResidualBranch(config) if moe.residual is not Residual.none else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, MoEStats]:
+    def forward(self, x_BTD: Tensor, about: TokenInfo | None = None) -> tuple[Tensor, MoEStats]:
         """[B, T, D] → [B, T, D] and the layer's statistics. Collective over the dispatcher's EP group."""
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.router(x_ND)
+        routing: Routing = self.router(x_ND, about or TokenInfo(len(x_BTD)))
         ids_NK, weights_NK = self._apply_capacity(routing)
 
         y_ND, (shared_ND, dense_ND) = self.dispatcher.run(

@@ -39,7 +39,7 @@ def generate(
     cache = model.new_cache(total)
     new_ids_BT = ids_BT
     for _ in range(max_new_tokens):
-        logits_BV = model(new_ids_BT, cache).logits_BTV[:, -1]
+        logits_BV = model(new_ids_BT, cache).logits[:, -1]
         new_ids_BT = _sample(logits_BV, temperature, top_k, generator)
         ids_BT = torch.cat([ids_BT, new_ids_BT], 1)
     model.train(was_training)

@@ -15,14 +15,15 @@ from twohop.models.attention import Attention, KVCache, rope_angles
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
 from twohop.models.moe import MoELayer, MoEStats
+from twohop.models.routers import TokenInfo
 
 MakeDispatcher = Callable[[int, int], TokenDispatcher]
 
 
 class ModelOutput(NamedTuple):
-    """Logits for the next token [B, T, V], and the statistics of every MoE layer in order."""
+    """Logits of every target, [B, T, V] for the next tokens of text, and the statistics of every MoE layer in order."""
 
-    logits_BTV: Tensor
+    logits: Tensor
     moe: tuple[MoEStats, ...]
 
 
@@ -48,12 +49,12 @@ class Block(nn.Module):
             self.mlp = FeedForward(config.dim, config.ffn_dim, config.activation)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], about: TokenInfo, cache: KVCache | None = None
     ) -> tuple[Tensor, MoEStats | None]:
         """[B, T, D] → [B, T, D], and the MoE layer's statistics if there is one."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
         h_BTD = self.ffn_norm(x_BTD)
-        y_BTD, stats = self.moe(h_BTD) if self.is_moe else (self.mlp(h_BTD), None)
+        y_BTD, stats = self.moe(h_BTD, about) if self.is_moe else (self.mlp(h_BTD), None)
         return x_BTD + y_BTD, stats
 
 
@@ -71,8 +72,12 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, ids_BT: Tensor, cache: list[KVCache] | None = None) -> ModelOutput:
+    def forward(
+        self, ids_BT: Tensor, cache: list[KVCache] | None = None, sample_B: Tensor | None = None
+    ) -> ModelOutput:
         """int64 [B, T] → `ModelOutput`. With a cache (see `new_cache`), ids continue the positions in it.
+
+        `sample_B` numbers the sequences in their data set, for routers that remember.
 
         With expert parallelism every rank of each layer's EP group must call this. Raises ValueError past max_seq_len.
         """
@@ -87,9 +92,10 @@ class Transformer(nn.Module):
         angle_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         positions_T = torch.arange(start, end, device=ids_BT.device)
         rope = rope_angles(positions_T, self.config.key_dim, self.config.rope_theta, angle_dtype)
+        about = TokenInfo(len(ids_BT), token_BT=ids_BT, sample_B=sample_B)
         moe = []
         for i, block in enumerate(self.blocks):
-            x_BTD, stats = block(x_BTD, rope, cache[i] if cache else None)
+            x_BTD, stats = block(x_BTD, rope, about, cache[i] if cache else None)
             if stats is not None:
                 moe.append(stats)
         # Tied by use, not by one parameter in two modules: so the tie survives moving off the meta device.

@@ -6,6 +6,7 @@ import torch
 
 from twohop.models import generate
 from twohop.trainer.config import GenerateConfig
+from twohop.trainer.data import Tokenizer
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.setup import Run
 
@@ -16,17 +17,24 @@ def generate_text(run: Run, config: GenerateConfig) -> str:
     Raises:
         ConfigError: prompt and new tokens do not fit into the model's max_seq_len.
     """
-    ids_BT = torch.tensor([run.data.tokenizer.encode(config.prompt)], device=run.device)
+    tokenizer = _tokenizer(run)
+    ids_BT = torch.tensor([tokenizer.encode(config.prompt)], device=run.device)
     generator = torch.Generator(run.device).manual_seed(config.seed)
     try:
         with run.engine.autocast():
             ids_BT = generate(run.model, ids_BT, config.max_new_tokens, config.temperature, config.top_k, generator)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return run.data.tokenizer.decode(ids_BT[0].tolist())
+    return tokenizer.decode(ids_BT[0].tolist())
 
 
 def fit_to_context(run: Run, config: GenerateConfig) -> GenerateConfig:
     """`config` with as many new tokens as the model's context leaves room for: a sample must not fail a whole run."""
-    room = run.config.model.max_seq_len - len(run.data.tokenizer.encode(config.prompt))
+    room = run.config.model.max_seq_len - len(_tokenizer(run).encode(config.prompt))
     return replace(config, max_new_tokens=max(0, min(config.max_new_tokens, room)))
+
+
+def _tokenizer(run: Run) -> Tokenizer:
+    if run.data.tokenizer is None:
+        raise ConfigError(f"data.source={run.config.data.source} holds no text: its model has nothing to generate")
+    return run.data.tokenizer

@@ -2,9 +2,8 @@
 
 A step takes `global_batch` sequences, cut into micro-batches whose content depends on the seed and the step alone.
 Rank r of W takes the micro-batches r, r + W, …; the loss is a sum over all of them divided by the global number of
-tokens, and gradients are summed over ranks. So a step means the same on any number of ranks.
+targets, and gradients are summed over ranks. So a step means the same on any number of ranks.
 
-Shapes: B sequences, T positions, T1 = T + 1, V vocabulary.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import torch
 
 from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
-from twohop.trainer.data import micro_batch
+from twohop.trainer.data import sample_numbers
 from twohop.trainer.errors import UserError
 from twohop.trainer.evaluate import cross_entropy_sum, evaluate, perplexity
 from twohop.trainer.metrics import MetricsWriter
@@ -58,37 +57,38 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
 def train_step(run: Run, step: int) -> dict[str, Any]:
     """One step of the whole world; returns its record for metrics.jsonl, the same on all ranks but for the time."""
     started = time.perf_counter()
-    config, micro_size = run.config, run.config.train.micro_batch
+    config, samples, micro_size = run.config, run.data.train, run.config.train.micro_batch
     micro_batches = config.train.global_batch // micro_size
-    global_tokens = config.train.global_batch * config.train.seq_len
+    numbers = sample_numbers(config.seed, step * config.train.global_batch, config.train.global_batch, len(samples))
+    global_targets = samples.num_targets(numbers)
     run.model.train()
     run.meter.reset()
     totals = StepTotals([name for name, _ in run.model.moe_layers()])
     for index in range(rank(), micro_batches, world_size()):
-        number = step * micro_batches + index  # of this micro-batch in the whole training
-        seed_noise(config.seed, number)
-        ids_BT1 = micro_batch(run.data.train, config.seed, number * micro_size, micro_size).to(run.device)
+        seed_noise(config.seed, step * micro_batches + index)
+        own = numbers[index * micro_size : (index + 1) * micro_size]
+        batch = samples.batch(own).to(run.device)
         try:
             with run.engine.autocast():
-                output = run.model(ids_BT1[:, :-1])
+                output = run.model(**batch.inputs)
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
-        cross_entropy = cross_entropy_sum(output.logits_BTV, ids_BT1[:, 1:])
-        # A router's loss is a mean over the micro-batch: times its tokens, it adds up over micro-batches as well.
+        cross_entropy = cross_entropy_sum(output.logits, batch.targets)
+        # A router's loss is a mean over the micro-batch: times its targets, it adds up over micro-batches as well.
         router_losses = [loss for stats in output.moe for loss in stats.losses.values()]
-        aux_loss = sum(router_losses, torch.zeros_like(cross_entropy)) * micro_size * config.train.seq_len
-        run.engine.backward((cross_entropy + aux_loss) / global_tokens)
+        aux_loss = sum(router_losses, torch.zeros_like(cross_entropy)) * samples.num_targets(own)
+        run.engine.backward((cross_entropy + aux_loss) / global_targets)
         totals.add(cross_entropy, aux_loss, output.moe)
 
     factor = lr_factor(step, config.train.steps, config.schedule)
     grad_norm = run.engine.step(factor)
-    record = totals.reduce(global_tokens)
+    record = totals.reduce(global_targets)
     if not math.isfinite(record["loss"] + grad_norm):
         raise _diverged(run, step, f"the loss is {record['loss']} and the gradient norm {grad_norm}")
-    record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "tokens": (step + 1) * global_tokens}
+    record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "targets": global_targets}
     record |= {"traffic": traffic_of_world(run.meter)}
     seconds = time.perf_counter() - started
-    return record | {"step_s": seconds, "tokens_per_s": global_tokens / seconds}
+    return record | {"step_s": seconds, "tokens_per_s": global_targets / seconds}
 
 
 def _diverged(run: Run, step: int, what: str) -> UserError:

@@ -135,10 +135,10 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _vocab_size(config: Config, data: Data) -> int:
-    wanted = data.tokenizer.vocab_size
+    wanted = data.num_classes
     size = config.model.vocab_size or wanted
     if size < wanted:
         raise ConfigError(
-            f"model.vocab_size={size} is smaller than the tokenizer's vocabulary of {wanted}: raise it, or use null"
+            f"model.vocab_size={size} is smaller than the {wanted} classes of the data's targets: raise it, or use null"
         )
     return size

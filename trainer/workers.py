@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from twohop.models import init_weights
 from twohop.trainer.checkpoint import load_tensors
 from twohop.trainer.config import Config
-from twohop.trainer.data import unigram_entropy
 from twohop.trainer.errors import CheckpointError, UserError
 from twohop.trainer.evaluate import evaluate as evaluate_model
 from twohop.trainer.evaluate import perplexity
@@ -137,11 +136,11 @@ def _summary(run: Run, valid_loss: float, sample: str) -> dict[str, Any]:
     traffic = add_traffic([record["traffic"] for record in steps])
     return {
         "steps": run.config.train.steps,
-        "tokens": steps[-1]["tokens"],
+        "targets": sum(record["targets"] for record in steps),
         "train_loss": steps[-1]["loss"],
         "valid_loss": valid_loss,
         "valid_perplexity": perplexity(valid_loss),
-        "unigram_entropy": unigram_entropy(run.data.valid),
+        "target_entropy": run.data.valid.target_entropy(),
         "training_seconds": sum(record["step_s"] for record in steps),
         "traffic": {level: add_pairs(phases.values()) for level, phases in traffic.items()},
         "sample": sample,
@@ -152,7 +151,7 @@ def _tell(run: Run, summary: dict[str, Any], report: Path) -> None:
     """The end of a run, on rank 0's terminal."""
     lines = [
         f"validation loss   {summary['valid_loss']:.4f} nats per token, perplexity {summary['valid_perplexity']:.2f}",
-        f"for comparison    {summary['unigram_entropy']:.4f} nats: the entropy of single tokens, without any context",
+        f"for comparison    {summary['target_entropy']:.4f} nats: the entropy of the targets, without any context",
     ]
     for level, (sent_bytes, messages) in summary["traffic"].items():
         lines.append(f"{level:<18}{format_bytes(sent_bytes)} in {messages:,} messages for experts")

@@ -1,6 +1,7 @@
-"""What every router returns, and the parts that routers share.
+"""What every router gets and returns, and the parts that routers share.
 
-Shapes: N tokens of the micro-batch, D model width, E experts of the layer, K experts for each token.
+Shapes: B sequences, T positions, N = B·T tokens of the micro-batch, D model width,
+E experts of the layer, K experts for each token.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,28 @@ class Routing(NamedTuple):
     weights_NK: Tensor  # fp32 (fp64 if the tokens are), factors of the experts' outputs
     losses: dict[str, Tensor]  # scalars, each already multiplied by its weight
     load_E: Tensor  # int64, how many of this micro-batch's assignments chose each expert
+
+
+class TokenInfo(NamedTuple):
+    """What a router may know of a micro-batch beside the tokens' states; None where the model has no such thing."""
+
+    num_sequences: int  # B; the N tokens stand sequence by sequence
+    token_BT: Tensor | None = None  # int64 ids in the vocabulary
+    task_B: Tensor | None = None  # int64, the task of each sequence
+    sample_B: Tensor | None = None  # int64, the number of each sequence in the data set
+
+
+class Router(nn.Module):
+    """From tokens to `Routing`. A subclass is one file, and one line in `ROUTERS`."""
+
+    causal = True  # a token's route depends on no later token of its sequence and on no other sequence
+
+    def forward(self, x_ND: Tensor, about: TokenInfo) -> Routing:
+        """Route the tokens [N, D] of a micro-batch."""
+        raise NotImplementedError
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Learn, after an optimizer step, how many assignments of the global batch chose each expert: fp64 [E]."""
 
 
 class Gate(nn.Module):

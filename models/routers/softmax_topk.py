@@ -3,13 +3,21 @@
 Shapes: N tokens of the micro-batch, D model width, E experts of the layer, K experts for each token.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from twohop.models.config import RouterConfig
-from twohop.models.routers.base import Gate, Routing, count_assignments, load_balance_loss, z_loss
+from twohop.models.routers.base import (
+    Gate,
+    Router,
+    Routing,
+    TokenInfo,
+    count_assignments,
+    load_balance_loss,
+    z_loss,
+)
 
 
-class SoftmaxTopKRouter(nn.Module):
+class SoftmaxTopKRouter(Router):
     """p = softmax(W x); the K largest p are the weights, divided by their sum if `renormalize`."""
 
     def __init__(self, config: RouterConfig, dim: int, num_experts: int) -> None:
@@ -18,7 +26,7 @@ class SoftmaxTopKRouter(nn.Module):
         self.num_experts = num_experts
         self.gate = Gate(dim, num_experts, config.jitter)
 
-    def forward(self, x_ND: Tensor) -> Routing:
+    def forward(self, x_ND: Tensor, about: TokenInfo) -> Routing:
         """Routes each token by itself."""
         config = self.config
         logits_NE = self.gate(x_ND)

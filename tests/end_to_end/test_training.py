@@ -19,7 +19,7 @@ from tests.end_to_end import runs
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
 from twohop.comm import CommError
 from twohop.trainer import workers
-from twohop.trainer.data import micro_batch
+from twohop.trainer.data import sample_numbers
 from twohop.trainer.errors import CheckpointError, ConfigError, UserError
 from twohop.trainer.evaluate import evaluate
 from twohop.trainer.generate import generate_text
@@ -61,7 +61,7 @@ def test_metrics_hold_every_step(finished: Path) -> None:
     steps = train_steps(finished)
     assert [record["step"] for record in steps] == list(range(1, 9))
     for record in steps:
-        assert record["tokens"] == record["step"] * 8 * 16
+        assert record["targets"] == 8 * 16
         for layer, experts in (("blocks.1.moe", 4), ("blocks.3.moe", 8)):
             assert len(record["moe"][layer]["load"]) == experts
             assert sum(record["moe"][layer]["load"]) == pytest.approx(1)
@@ -76,8 +76,8 @@ def test_metrics_hold_every_step(finished: Path) -> None:
 
 def test_the_summary_counts_the_whole_run(finished: Path) -> None:
     summary, steps = read_summary(finished), train_steps(finished)
-    assert summary["tokens"] == 8 * 8 * 16
-    assert 2 < summary["unigram_entropy"] < math.log(256)
+    assert summary["targets"] == 8 * 8 * 16
+    assert 2 < summary["target_entropy"] < math.log(256)
     assert summary["sample"].startswith("def ")
     for level, (sent_bytes, messages) in summary["traffic"].items():
         assert sent_bytes == sum(pair[0] for record in steps for pair in record["traffic"][level].values()) > 0
@@ -97,11 +97,14 @@ def test_the_loss_is_a_mean_over_all_tokens_plus_the_routers_losses(tmp_path: Pa
     """By hand, in the words of the definition: the mean over micro-batches of CE and router losses."""
     settings = ["model.moe.router.jitter=0", "optim.clip_norm=null"]
     run = runs.start(tmp_path, *settings)
-    micro_batches = [micro_batch(run.data.train, run.config.seed, first, 2) for first in (8, 10, 12, 14)]  # of step 1
+    micro_batches = [
+        run.data.train.batch(sample_numbers(run.config.seed, first, 2, len(run.data.train)))
+        for first in (8, 10, 12, 14)  # of step 1
+    ]
     entropies, router_losses = [], []
-    for ids_BT1 in micro_batches:
-        output = run.model.train()(ids_BT1[:, :-1])
-        entropies.append(F.cross_entropy(output.logits_BTV.flatten(0, 1), ids_BT1[:, 1:].flatten()))
+    for batch in micro_batches:
+        output = run.model.train()(**batch.inputs)
+        entropies.append(F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten()))
         router_losses.append(sum(loss for stats in output.moe for loss in stats.losses.values()))
     entropy, router_loss = sum(entropies) / 4, sum(router_losses) / 4
     gradients = torch.autograd.grad(entropy + router_loss, list(run.model.parameters()))
@@ -131,7 +134,7 @@ def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
     assert len(windows) % run.config.train.micro_batch
     assert micro_batches % 4
     with torch.no_grad():
-        losses = [F.cross_entropy(run.model.eval()(ids[None, :-1]).logits_BTV[0], ids[1:]).item() for ids in windows]
+        losses = [F.cross_entropy(run.model.eval()(ids[None, :-1]).logits[0], ids[1:]).item() for ids in windows]
     expected = sum(losses) / len(losses)
     own_loss, own_text = evaluate(run), generate_text(run, run.config.generate)
     assert own_loss == pytest.approx(expected, rel=1e-6)
@@ -242,7 +245,7 @@ def test_another_run_is_not_continued(tmp_path: Path, override: str, key: str) -
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=100 is smaller than the tokenizer's vocabulary of 257"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=100 is smaller than the 257 classes"):
         train(tiny_config(tmp_path, "model.vocab_size=100"), None)
 
 

@@ -45,9 +45,9 @@ def test_expert_parallelism_changes_neither_weights_nor_text():
 
 def one_process_worker() -> torch.Tensor | None:
     """Builds a whole model on rank 0 alone, inside a world of two."""
-    return whole_model()(prompt()).logits_BTV.detach() if torch.distributed.get_rank() == 0 else None
+    return whole_model()(prompt()).logits.detach() if torch.distributed.get_rank() == 0 else None
 
 
 def test_a_model_without_dispatchers_needs_no_other_rank():
     logits, _ = run_distributed(one_process_worker, 2)
-    torch.testing.assert_close(logits, whole_model()(prompt()).logits_BTV)
+    torch.testing.assert_close(logits, whole_model()(prompt()).logits)

@@ -7,7 +7,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.switch_transformers import modeling_switch_transformers
 
 from twohop.models.config import RouterConfig
-from twohop.models.routers import build_router
+from twohop.models.routers import Routing, TokenInfo, build_router
 from twohop.models.routers.base import count_assignments, load_balance_loss, z_loss
 
 DIM = 12
@@ -19,6 +19,10 @@ def make_router(num_experts: int = 8, seed: int = 0, **options) -> torch.nn.Modu
     return router
 
 
+def route(router: torch.nn.Module, x: torch.Tensor) -> Routing:
+    return router(x, TokenInfo(num_sequences=1))
+
+
 def make_tokens(seed: int, num_tokens: int = 40, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(num_tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -28,7 +32,7 @@ def make_tokens(seed: int, num_tokens: int = 40, dtype: torch.dtype = torch.floa
 def test_softmax_topk_is_its_definition(top_k, renormalize):
     for seed in range(20):
         router, x = make_router(seed=seed, top_k=top_k, renormalize=renormalize), make_tokens(seed)
-        routing = router(x)
+        routing = route(router, x)
         probs = torch.nn.functional.softmax(x @ router.gate.weight.T, -1)
         order = probs.argsort(-1, descending=True)[:, :top_k]
         weights = probs.gather(1, order)
@@ -42,12 +46,12 @@ def test_softmax_topk_is_its_definition(top_k, renormalize):
 def test_renormalised_weights_are_mixtrals_softmax_of_the_selected_logits():
     router, x = make_router(top_k=2, renormalize=True), make_tokens(1)
     top_logits = (x @ router.gate.weight.T).topk(2).values
-    torch.testing.assert_close(router(x).weights_NK, top_logits.softmax(-1))
+    torch.testing.assert_close(route(router, x).weights_NK, top_logits.softmax(-1))
 
 
 def test_switch_keeps_the_probability_as_weight():
     router, x = make_router(name="switch", top_k=1), make_tokens(2)
-    routing = router(x)
+    routing = route(router, x)
     torch.testing.assert_close(routing.weights_NK[:, 0], (x @ router.gate.weight.T).softmax(-1).amax(-1))
 
 
@@ -55,13 +59,13 @@ def test_jitter_is_noise_of_the_input_and_of_training_alone():
     x = make_tokens(3)
     router = make_router(name="switch", top_k=1, jitter=0.01)
     torch.manual_seed(5)
-    noisy = router(x)
+    noisy = route(router, x)
     torch.manual_seed(5)
     noise = torch.empty_like(x).uniform_(0.99, 1.01)
-    quiet = router.eval()(x * noise)
+    quiet = route(router.eval(), x * noise)
     assert torch.equal(noisy.weights_NK, quiet.weights_NK)
-    assert not torch.equal(noisy.weights_NK, router(x).weights_NK)
-    assert torch.equal(router(x).weights_NK, make_router(name="switch", top_k=1)(x).weights_NK)
+    assert not torch.equal(noisy.weights_NK, route(router, x).weights_NK)
+    assert torch.equal(route(router, x).weights_NK, route(make_router(name="switch", top_k=1), x).weights_NK)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -70,7 +74,7 @@ def test_load_balance_loss_has_the_stated_scale(top_k):
     for seed in range(50):
         router, x = make_router(seed=seed, top_k=top_k, load_balance_loss=0.01), make_tokens(seed)
         logits = x @ router.gate.weight.T
-        loss = router(x).losses["load_balance"]
+        loss = route(router, x).losses["load_balance"]
         mixtral = modeling_mixtral.load_balancing_loss_func((logits,), 8, top_k)
         torch.testing.assert_close(loss * top_k, 0.01 * mixtral)
         deepspeed = deepspeed_moe.topkgating(logits.clone(), top_k, 8.0, 0)[0]
@@ -91,30 +95,32 @@ def test_z_loss_is_transformers():
         router, x = make_router(seed=seed, z_loss=1e-3), make_tokens(seed)
         logits = x @ router.gate.weight.T
         expected = 1e-3 * modeling_switch_transformers.router_z_loss_func(logits[None])
-        torch.testing.assert_close(router(x).losses["z"], expected)
+        torch.testing.assert_close(route(router, x).losses["z"], expected)
 
 
 def test_a_loss_of_weight_zero_is_not_there():
-    assert make_router(load_balance_loss=0.0)(make_tokens(0)).losses == {}
+    assert route(make_router(load_balance_loss=0.0), make_tokens(0)).losses == {}
 
 
 def test_losses_of_no_tokens_are_zero():
-    routing = make_router(z_loss=1.0)(make_tokens(0, num_tokens=0))
+    routing = route(make_router(z_loss=1.0), make_tokens(0, num_tokens=0))
     assert {name: loss.item() for name, loss in routing.losses.items()} == {"load_balance": 0.0, "z": 0.0}
 
 
 def test_routing_ignores_autocast_and_keeps_fp64():
     router, x = make_router(z_loss=1e-3), make_tokens(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = router(x)
-    plain = router(x)
+        under_autocast = route(router, x)
+    plain = route(router, x)
     assert torch.equal(under_autocast.ids_NK, plain.ids_NK)
     assert torch.equal(under_autocast.weights_NK, plain.weights_NK)
     assert under_autocast.weights_NK.dtype == torch.float32
-    assert router(x.bfloat16()).weights_NK.dtype == torch.float32
+    assert route(router, x.bfloat16()).weights_NK.dtype == torch.float32
     router.double()
-    assert torch.autograd.gradcheck(lambda x: router(x).weights_NK, make_tokens(5, 6, torch.float64).requires_grad_())
-    assert router(x.double()).losses["z"].dtype == torch.float64
+    assert torch.autograd.gradcheck(
+        lambda x: route(router, x).weights_NK, make_tokens(5, 6, torch.float64).requires_grad_()
+    )
+    assert route(router, x.double()).losses["z"].dtype == torch.float64
 
 
 def test_count_assignments_skips_empty_places():

@@ -99,7 +99,7 @@ def test_dense_model_is_llama(kv_heads, head_dim, tied):
     )
     load_from_hf(model, hf)
     ids = make_ids(3, 20)
-    torch.testing.assert_close(model(ids).logits_BTV, hf(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids).logits, hf(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_moe_model_is_mixtral():
@@ -112,7 +112,7 @@ def test_moe_model_is_mixtral():
     load_from_hf(model, hf)
     ids = make_ids(3, 20)
     output, theirs = model(ids), hf(ids, output_router_logits=True)
-    torch.testing.assert_close(output.logits_BTV, theirs.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.logits, theirs.logits, rtol=1e-4, atol=1e-4)
     # Theirs pools the layers before it multiplies f and P, and counts K when balanced.
     probs = [logits.softmax(-1) for logits in theirs.router_logits]
     for stats, layer_probs in zip(output.moe, probs, strict=True):
@@ -141,9 +141,9 @@ MODELS = {
 def test_cached_logits_are_those_of_the_whole_sequence(name):
     model = build(MODELS[name], dtype=torch.float64).eval()
     ids = make_ids(2, 24)
-    whole = model(ids).logits_BTV
+    whole = model(ids).logits
     cache = model.new_cache(24)
-    pieces = [model(piece, cache).logits_BTV for piece in ids.split([5, 1, 1, 9, 8], 1)]
+    pieces = [model(piece, cache).logits for piece in ids.split([5, 1, 1, 9, 8], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -153,7 +153,7 @@ def test_generation_with_a_cache_is_generation_without(name):
     ids = make_ids(2, 6)
     expected = ids
     for _ in range(12):
-        expected = torch.cat([expected, model.eval()(expected).logits_BTV[:, -1].argmax(-1, keepdim=True)], 1)
+        expected = torch.cat([expected, model.eval()(expected).logits[:, -1].argmax(-1, keepdim=True)], 1)
     model.train()
     assert torch.equal(generate(model, ids, 12, temperature=0), expected)
     assert model.training
@@ -161,7 +161,7 @@ def test_generation_with_a_cache_is_generation_without(name):
 
 def test_sampling_follows_temperature_top_k_and_generator():
     model, prompt = build(tiny(), dtype=torch.float64), make_ids(1, 3).expand(4000, -1)
-    probs = (model(prompt[:1]).logits_BTV[0, -1] / 2.0).softmax(-1).detach()
+    probs = (model(prompt[:1]).logits[0, -1] / 2.0).softmax(-1).detach()
     drawn = generate(model, prompt, 1, 2.0, None, torch.Generator().manual_seed(1))[:, -1]
     frequency = torch.bincount(drawn, minlength=50) / 4000
     assert (frequency - probs).abs().max() < 5 * math.sqrt(0.25 / 4000)
@@ -205,7 +205,7 @@ def test_every_parameter_gets_a_gradient():
     moe = MoEConfig(experts=[2, 4], residual=Residual.learned, shared_ffn_dim=8, router=RouterConfig(z_loss=1e-3))
     model = build(tiny(moe, tie_embeddings=False))
     output = model(make_ids(4, 32))
-    (output.logits_BTV.logsumexp(-1).mean() + sum(sum(stats.losses.values()) for stats in output.moe)).backward()
+    (output.logits.logsumexp(-1).mean() + sum(sum(stats.losses.values()) for stats in output.moe)).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert without == []
 
@@ -214,7 +214,7 @@ def test_bf16_autocast_trains():
     model = build(tiny(MoEConfig(experts=[2, 4])))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(make_ids(2, 16))
-        exact = output.logits_BTV.float().logsumexp(-1).mean() + output.moe[0].losses["load_balance"]
+        exact = output.logits.float().logsumexp(-1).mean() + output.moe[0].losses["load_balance"]
     exact.backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters())
 
@@ -223,9 +223,9 @@ def test_bf16_autocast_trains():
 def test_bf16_weights_work(name):
     ids = make_ids(2, 16)
     exact, model = build(MODELS[name]).eval(), build(MODELS[name], dtype=torch.bfloat16).eval()
-    logits = model(ids, model.new_cache(16)).logits_BTV
+    logits = model(ids, model.new_cache(16)).logits
     assert logits.dtype == torch.bfloat16
-    difference = (logits - exact(ids).logits_BTV).norm() / exact(ids).logits_BTV.norm()
+    difference = (logits - exact(ids).logits).norm() / exact(ids).logits.norm()
     # 8 bits are 0.4 % at each of some twenty roundings; a token near a tie may also go to another expert.
     assert difference < 0.2
 
@@ -275,6 +275,6 @@ def test_quickstart_presets_run(name):
     assert config.name == name
     model = build(config)
     output = model(make_ids(1, 32, 256))
-    loss = torch.nn.functional.cross_entropy(output.logits_BTV.flatten(0, 1), make_ids(1, 32, 256, seed=1).flatten())
+    loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), make_ids(1, 32, 256, seed=1).flatten())
     assert abs(loss.item() - math.log(256)) < 0.3  # an untrained model knows nothing, and is not far from that
     assert len(output.moe) == (0 if name == "dense" else len(list(model.moe_layers())))

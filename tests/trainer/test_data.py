@@ -21,10 +21,9 @@ from twohop.trainer.data import (
     TokenWindows,
     build_data,
     load_tokenizer,
-    micro_batch,
     prepare,
     sample_index,
-    unigram_entropy,
+    sample_numbers,
 )
 from twohop.trainer.data.corpus import Document, stdlib_corpus, text_corpus
 from twohop.trainer.data.tokenizer import ByteTokenizer
@@ -431,9 +430,9 @@ def test_unigram_entropy_is_that_of_the_counts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("twohop.trainer.data.tokens._COUNT_BLOCK", 7)  # many blocks, with different largest ids
     tokens = np.random.default_rng(0).zipf(1.5, 1000).clip(max=500).astype(np.uint16)
     expected = -sum(n / 1000 * math.log(n / 1000) for n in Counter(tokens.tolist()).values())
-    assert unigram_entropy(TokenWindows(tokens, 4, "train")) == pytest.approx(expected, rel=1e-12)
+    assert TokenWindows(tokens, 4, "train").target_entropy() == pytest.approx(expected, rel=1e-12)
     uniform = TokenWindows(np.arange(64, dtype=np.uint8), 4, "train")
-    assert unigram_entropy(uniform) == pytest.approx(math.log(64), rel=1e-12)
+    assert uniform.target_entropy() == pytest.approx(math.log(64), rel=1e-12)
 
 
 @given(seed=st.integers(-5, 2**64), num_samples=st.integers(1, 300), epoch=st.integers(0, 1000))
@@ -450,9 +449,10 @@ def test_order_knows_no_world_size(world: int, seed: int) -> None:
     seen: dict[int, list[int]] = {}
     for rank in range(world):
         for first in range(2 * rank, 3 * 48, 2 * world):
-            ids_BT1 = micro_batch(windows, seed, first, 2)
-            assert ids_BT1.shape == (2, 5)
-            seen[first] = (ids_BT1[:, 0] // 4).tolist()
+            batch = windows.batch(sample_numbers(seed, first, 2, len(windows)))
+            assert batch.inputs["ids_BT"].shape == batch.targets.shape == (2, 4)
+            assert torch.equal(batch.inputs["ids_BT"] + 1, batch.targets)
+            seen[first] = (batch.inputs["ids_BT"][:, 0] // 4).tolist()
     order = [sample for first in sorted(seen) for sample in seen[first]]
     assert order == [sample_index(seed, i, 48) for i in range(3 * 48)]
     assert Counter(order) == dict.fromkeys(range(48), 3)

@@ -30,7 +30,7 @@ def batch(step: int, index: int) -> Tensor:
 
 def loss_of(model: Transformer, ids_BT1: Tensor) -> Tensor:
     output = model(ids_BT1[:, :-1])
-    cross_entropy = torch.nn.functional.cross_entropy(output.logits_BTV.flatten(0, 1), ids_BT1[:, 1:].flatten())
+    cross_entropy = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), ids_BT1[:, 1:].flatten())
     return (cross_entropy + sum(loss for stats in output.moe for loss in stats.losses.values())) / MICRO_BATCHES
 
 
@@ -145,7 +145,7 @@ def test_bf16_is_autocast_over_fp32_parameters(tmp_path: Path, engine: str) -> N
         init_weights(model, 0)
         built = build_engine(model, config)
         with built.autocast():
-            logits = built.model(batch(0, 0)[:, :-1]).logits_BTV
+            logits = built.model(batch(0, 0)[:, :-1]).logits
             loss = loss_of(built.model, batch(0, 0))
         built.backward(loss)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in built.model.parameters() if p.grad is not None)

@@ -1,4 +1,4 @@
-"""Text to token windows: sources, tokenizers, memory-mapped token files and the order of samples.
+"""Data sets as numbered samples: sources, tokenizers, memory-mapped token files and the order of samples.
 
 Everything is loaded at first use: this package costs nothing until data is needed.
 """
@@ -9,31 +9,36 @@ from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.trainer.data.build import Data, build_data, prepare
-    from twohop.trainer.data.order import micro_batch, sample_index
+    from twohop.trainer.data.order import sample_index, sample_numbers
+    from twohop.trainer.data.samples import IGNORED, Batch, Samples
     from twohop.trainer.data.tokenizer import Tokenizer, load_tokenizer
-    from twohop.trainer.data.tokens import TokenWindows, unigram_entropy
+    from twohop.trainer.data.tokens import TokenWindows
 
 _HOME = {
     "Data": "build",
     "build_data": "build",
     "prepare": "build",
     "TokenWindows": "tokens",
-    "unigram_entropy": "tokens",
+    "IGNORED": "samples",
+    "Batch": "samples",
+    "Samples": "samples",
     "Tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
-    "micro_batch": "order",
     "sample_index": "order",
+    "sample_numbers": "order",
 }
 __all__ = [
+    "IGNORED",
+    "Batch",
     "Data",
+    "Samples",
     "TokenWindows",
     "Tokenizer",
     "build_data",
     "load_tokenizer",
-    "micro_batch",
     "prepare",
     "sample_index",
-    "unigram_entropy",
+    "sample_numbers",
 ]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from twohop.trainer.config import DataConfig
 from twohop.trainer.data.corpus import Corpus, Document, stdlib_corpus, text_corpus
+from twohop.trainer.data.samples import Samples
 from twohop.trainer.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, tokenizer_settings
 from twohop.trainer.data.tokens import TokenWindows, open_tokens, read_header, write_tokens
 from twohop.trainer.errors import DataError
@@ -25,11 +26,12 @@ _ENCODE_AT_ONCE = 32  # blocks of text
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits, the tokenizer they were made with, and a SHA-256 that tells this data from any other."""
+    """Both splits, how to read them, and a SHA-256 that tells this data from any other."""
 
-    train: TokenWindows
-    valid: TokenWindows
-    tokenizer: Tokenizer
+    train: Samples
+    valid: Samples
+    num_classes: int  # of a target: the tokenizer's vocabulary, or the classes of images
+    tokenizer: Tokenizer | None  # None: not text
     fingerprint: str
 
 
@@ -46,6 +48,7 @@ def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
     return Data(
         train=TokenWindows(train, seq_len, "train"),
         valid=TokenWindows(valid, seq_len, "valid"),
+        num_classes=tokenizer.vocab_size,
         tokenizer=tokenizer,
         fingerprint=hashlib.sha256(f"{train_header.sha256} {valid_header.sha256}".encode()).hexdigest(),
     )

@@ -7,9 +7,6 @@ exactly the samples that it has not seen.
 from functools import lru_cache
 
 import numpy as np
-import torch
-
-from twohop.trainer.data.tokens import TokenWindows
 
 
 def sample_index(seed: int, global_sample: int, num_samples: int) -> int:
@@ -21,10 +18,9 @@ def sample_index(seed: int, global_sample: int, num_samples: int) -> int:
     return int(_permutation(seed, epoch, num_samples)[position])
 
 
-def micro_batch(windows: TokenWindows, seed: int, first_global_sample: int, size: int) -> torch.Tensor:
-    """Samples first_global_sample … + size - 1 as int64 ids_BT1 [size, seq_len + 1]."""
-    samples = range(first_global_sample, first_global_sample + size)
-    return torch.stack([windows.window(sample_index(seed, sample, len(windows))) for sample in samples])
+def sample_numbers(seed: int, first_global_sample: int, size: int, num_samples: int) -> list[int]:
+    """The samples drawn as first_global_sample … + size - 1 of the whole training."""
+    return [sample_index(seed, first_global_sample + i, num_samples) for i in range(size)]
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

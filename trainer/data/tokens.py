@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from twohop.trainer.data.samples import Batch
 from twohop.trainer.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from twohop.trainer.errors import DataError
 
@@ -135,13 +136,21 @@ class TokenWindows:
         start = index * self.seq_len
         return torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
 
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """See `Samples`: B windows as ids_BT to predict from, and the ids that follow each of them."""
+        ids_BT1 = torch.stack([self.window(number) for number in numbers])
+        return Batch({"ids_BT": ids_BT1[:, :-1], "sample_B": torch.tensor(list(numbers))}, ids_BT1[:, 1:])
 
-def unigram_entropy(windows: TokenWindows) -> float:
-    """Entropy of the split's token frequencies, in nats per token: the loss of the best model without context."""
-    counts = np.zeros(0, dtype=np.int64)
-    for start in range(0, windows.num_tokens, _COUNT_BLOCK):
-        block = np.bincount(windows.tokens[start : start + _COUNT_BLOCK], minlength=len(counts))
-        block[: len(counts)] += counts
-        counts = block
-    p = counts[counts > 0] / windows.num_tokens
-    return float(-(p * np.log(p)).sum())
+    def num_targets(self, numbers: Sequence[int]) -> int:
+        """See `Samples`: every token but a window's first is a target."""
+        return len(numbers) * self.seq_len
+
+    def target_entropy(self) -> float:
+        """See `Samples`: the unigram entropy of the split."""
+        counts = np.zeros(0, dtype=np.int64)
+        for start in range(0, self.num_tokens, _COUNT_BLOCK):
+            block = np.bincount(self.tokens[start : start + _COUNT_BLOCK], minlength=len(counts))
+            block[: len(counts)] += counts
+            counts = block
+        p = counts[counts > 0] / self.num_tokens
+        return float(-(p * np.log(p)).sum())

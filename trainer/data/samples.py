@@ -1,0 +1,42 @@
+"""What training and validation draw from: samples by number, put together as batches.
+
+A new kind of data is a class with the methods of `Samples`. Shapes: B samples.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+IGNORED = -100  # a target that counts neither for the loss nor for its mean
+
+
+class Batch(NamedTuple):
+    """Samples put together: what the model is called with, by name, and the class wanted at each of its outputs."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor  # int64, the shape of the model's logits without their last dimension; IGNORED: none wanted
+
+    def to(self, device: object) -> "Batch":
+        """The same on a device."""
+        return Batch({name: x.to(device) for name, x in self.inputs.items()}, self.targets.to(device))  # type: ignore[call-overload]
+
+
+class Samples(Protocol):
+    """One split of a data set."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The samples with these numbers, each in [0, len)."""
+        ...
+
+    def num_targets(self, numbers: Sequence[int]) -> int:
+        """How many targets of these samples are not IGNORED: known without loading them."""
+        ...
+
+    def target_entropy(self) -> float:
+        """Entropy of the targets' frequencies in nats: the loss of the best model that sees no input."""
+        ...
