@@ -1,4 +1,4 @@
-"""Decoder-only Transformers with Mixture-of-Experts layers: routers, capacity, experts, and the models made of them.
+"""Mixture-of-Experts models: routers, capacity, experts, attention, and the models made of them.
 
 Names are imported on first use, so that reading a configuration does not import torch.
 """
@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING
 from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
+    from twohop.models.base import ModelOutput, MoEModel
+    from twohop.models.build import ParameterCounts, build_model, expert_parameters, parameter_counts
     from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
     from twohop.models.init import init_weights
     from twohop.models.moe import MoELayer, MoEStats
     from twohop.models.routers import Routing, build_router
     from twohop.models.sampling import generate
-    from twohop.models.transformer import (
-        ModelOutput,
-        ParameterCounts,
-        Transformer,
-        build_model,
-        expert_parameters,
-        parameter_counts,
-    )
+    from twohop.models.transformer import Transformer
 
 _HOME = {
     "ModelConfig": "config",
@@ -30,18 +25,20 @@ _HOME = {
     "build_router": "routers",
     "MoELayer": "moe",
     "MoEStats": "moe",
-    "ModelOutput": "transformer",
-    "ParameterCounts": "transformer",
+    "MoEModel": "base",
+    "ModelOutput": "base",
+    "ParameterCounts": "build",
     "Transformer": "transformer",
-    "build_model": "transformer",
-    "expert_parameters": "transformer",
-    "parameter_counts": "transformer",
+    "build_model": "build",
+    "expert_parameters": "build",
+    "parameter_counts": "build",
     "init_weights": "init",
     "generate": "sampling",
 }
 __all__ = [
     "MoEConfig",
     "MoELayer",
+    "MoEModel",
     "MoEStats",
     "ModelConfig",
     "ModelOutput",

@@ -32,6 +32,12 @@ class Residual(Enum):
     learned = "learned"
 
 
+class ModelKind(Enum):
+    """`decoder`: a causal language model."""
+
+    decoder = "decoder"
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -95,6 +101,7 @@ class ModelConfig:
     """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
 
     name: str = "dense"
+    kind: ModelKind = ModelKind.decoder
     vocab_size: int | None = None  # null: taken from the data's tokenizer
     max_seq_len: int = 256
     dim: int = 128
@@ -151,3 +158,8 @@ class ModelConfig:
             for block, experts in zip(blocks, per_layer, strict=True):
                 counts[block] = experts
         return counts
+
+    @property
+    def experts_by_layer(self) -> list[int]:
+        """Number of experts of every MoE layer, in order."""
+        return [experts for experts in self.experts_by_block if experts]

@@ -6,11 +6,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from twohop.models.transformer import Transformer, expert_parameters
+from twohop.models.base import MoEModel
+from twohop.models.build import expert_parameters
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
+def init_weights(model: MoEModel, seed: int) -> None:
     """Normal weights of standard deviation `init_std`; norms 1, biases 0.
 
     The matrices that write into the residual stream start smaller by sqrt(2 · layers) (Radford 2019, GPT-2). Each

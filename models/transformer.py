@@ -3,35 +3,19 @@
 Shapes: B sequences, T positions, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twohop.comm import TokenDispatcher, Topology, build_dispatcher
+from twohop.comm import TokenDispatcher
 from twohop.models.attention import Attention, KVCache, rope_angles
+from twohop.models.base import ModelOutput, MoEModel
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
 from twohop.models.moe import MoELayer, MoEStats
 from twohop.models.routers import TokenInfo
-
-MakeDispatcher = Callable[[int, int], TokenDispatcher]
-
-
-class ModelOutput(NamedTuple):
-    """Logits of every target, [B, T, V] for the next tokens of text, and the statistics of every MoE layer in order."""
-
-    logits: Tensor
-    moe: tuple[MoEStats, ...]
-
-
-class ParameterCounts(NamedTuple):
-    """All parameters of a model, and those that one token uses."""
-
-    total: int
-    active: int
 
 
 class Block(nn.Module):
@@ -58,14 +42,13 @@ class Block(nn.Module):
         return x_BTD + y_BTD, stats
 
 
-class Transformer(nn.Module):
+class Transformer(MoEModel):
     """Token ids to next-token logits. Make it with `build_model`; `dispatchers` has one for each MoE layer."""
 
     def __init__(self, config: ModelConfig, dispatchers: Sequence[TokenDispatcher]) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null: set it to the size of the tokenizer's vocabulary")
-        self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         remaining = iter(dispatchers)
         self.blocks = nn.ModuleList(Block(config, next(remaining) if n else None) for n in config.experts_by_block)
@@ -105,49 +88,3 @@ class Transformer(nn.Module):
     def new_cache(self, max_len: int) -> list[KVCache]:
         """An empty key/value cache for `max_len` positions."""
         return [KVCache(max_len) for _ in self.blocks]
-
-    def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
-        """(module name, layer) of every MoE layer, in order."""
-        for name, module in self.named_modules():
-            if isinstance(module, MoELayer):
-                yield name, module
-
-
-def build_model(
-    config: ModelConfig, make_dispatcher: MakeDispatcher | None = None, device: torch.device | str | None = None
-) -> Transformer:
-    """A Transformer whose weights are not yet set: call `init_weights`, or load them.
-
-    `make_dispatcher(moe_layer_index, num_experts)` says where each layer's experts live; None keeps all of them in
-    this process. Raises ValueError for a configuration that cannot be built.
-    """
-    experts_of_moe_layers = [num_experts for num_experts in config.experts_by_block if num_experts]
-    dispatchers = [(make_dispatcher or _one_process)(i, n) for i, n in enumerate(experts_of_moe_layers)]
-    with torch.device("meta"):  # no time spent on initial values that would be thrown away
-        model = Transformer(config, dispatchers)
-    return model.to_empty(device=device or "cpu")
-
-
-def _one_process(moe_layer_index: int, num_experts: int) -> TokenDispatcher:
-    return build_dispatcher("flat", Topology.one_process(), num_experts)
-
-
-def expert_parameters(model: Transformer) -> dict[str, MoELayer]:
-    """Names of the parameters that are cut over an EP group (first dimension: local experts), with their layers."""
-    return {
-        f"{layer_name}.experts.{name}": layer
-        for layer_name, layer in model.moe_layers()
-        for name, _ in layer.experts.named_parameters()
-    }
-
-
-def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Parameters of the whole model over all ranks; allocates nothing."""
-    model = build_model(config, device="meta")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0
-    for _, layer in model.moe_layers():
-        num_experts = layer.dispatcher.num_experts
-        expert_size = sum(parameter.numel() for parameter in layer.experts.parameters()) // num_experts
-        idle += (num_experts - config.moe.router.top_k) * expert_size
-    return ParameterCounts(total, total - idle)

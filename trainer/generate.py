@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from twohop.models import generate
+from twohop.models import Transformer, generate
 from twohop.trainer.config import GenerateConfig
 from twohop.trainer.data import Tokenizer
 from twohop.trainer.errors import ConfigError
@@ -18,6 +18,8 @@ def generate_text(run: Run, config: GenerateConfig) -> str:
         ConfigError: prompt and new tokens do not fit into the model's max_seq_len.
     """
     tokenizer = _tokenizer(run)
+    if not isinstance(run.model, Transformer):
+        raise ConfigError(f"model.kind={run.config.model.kind.value}: only a decoder continues a prompt")
     ids_BT = torch.tensor([tokenizer.encode(config.prompt)], device=run.device)
     generator = torch.Generator(run.device).manual_seed(config.seed)
     try:

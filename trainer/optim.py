@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from twohop.models import Transformer, expert_parameters
+from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.config import OptimConfig
 from twohop.trainer.errors import ConfigError
 
 
-def build_optimizer(model: Transformer, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: MoEModel, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer `config.name` over all parameters of `model`, in groups by weight decay and learning rate.
 
     Matrices decay; norms and biases do not. A bias of an expert is a row of a stacked [E_local, ...] tensor, so

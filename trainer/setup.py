@@ -17,7 +17,7 @@ from twohop.comm import (
     build_dispatcher,
     fit_cost_model,
 )
-from twohop.models import Transformer, build_model, parameter_counts
+from twohop.models import MoEModel, build_model, parameter_counts
 from twohop.trainer.checkpoint import CheckpointStore
 from twohop.trainer.config import Config
 from twohop.trainer.data import Data, build_data
@@ -43,7 +43,7 @@ class Run:
     meter: TrafficMeter  # what this rank's MoE layers send
 
     @property
-    def model(self) -> Transformer:
+    def model(self) -> MoEModel:
         """The model, as the engine has prepared it."""
         return self.engine.model
 
@@ -87,7 +87,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
     except ValueError as error:  # what only the started world can tell, such as nodes of different size
         raise ConfigError(str(error)) from None
-    experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
+    experts_by_layer = config.model.experts_by_layer
     ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
 
     auto = _auto_options(config, topology, directory) if config.comm.dispatcher == "auto" else None

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from twohop.comm import Topology
-from twohop.models import Transformer, expert_parameters
+from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.optim import materialize_state
 
 
-def model_tensors(model: Transformer) -> dict[str, Tensor]:
+def model_tensors(model: MoEModel) -> dict[str, Tensor]:
     """All parameters as "model.NAME"; an expert parameter is one DTensor [E, ...] over its layer's ("edp", "ep") mesh.
 
     The tensors share memory with the model.
@@ -27,7 +27,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     }
 
 
-def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: MoEModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of every parameter as "optim.NAME.KEY", moments of experts sharded as the experts are."""
     materialize_state(optimizer)
     experts = expert_parameters(model)

@@ -73,7 +73,7 @@ def _check_router(config: Config) -> None:
     _check_name("model.moe.router.name", router.name, ROUTERS)
     try:
         with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
-            for experts in set(config.model.experts_by_block) - {0}:
+            for experts in set(config.model.experts_by_layer):
                 build_router(router, config.model.dim, experts)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -101,7 +101,7 @@ def _check_layout(config: Config, world_size: int) -> None:
             f"comm.ranks_per_node={comm.ranks_per_node} does not divide the {world_size} ranks of this run: "
             f"use one of {_divisors(world_size)}, or change launch.nproc"
         )
-    experts_by_layer = [experts for experts in config.model.experts_by_block if experts]
+    experts_by_layer = config.model.experts_by_layer
     if len(comm.ep_size) not in (0, 1, len(experts_by_layer)):
         raise ConfigError(
             f"comm.ep_size={comm.ep_size} lists {len(comm.ep_size)} layers, but the model has "

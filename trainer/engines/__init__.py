@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from twohop.models import Transformer
+from twohop.models import MoEModel
 from twohop.trainer.config import Config
 from twohop.trainer.engines.ddp import DdpEngine
 from twohop.trainer.errors import ConfigError
@@ -19,7 +19,7 @@ class Engine(Protocol):
     gradient norm, clipping and updated weights are those of one process that sees the whole global batch.
     """
 
-    model: Transformer
+    model: MoEModel
 
     def autocast(self) -> AbstractContextManager:
         """The precision in which forward passes run."""
@@ -46,10 +46,10 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: dict[str, Callable[[Transformer, Config], Engine]] = {"ddp": DdpEngine}
+ENGINES: dict[str, Callable[[MoEModel, Config], Engine]] = {"ddp": DdpEngine}
 
 
-def build_engine(model: Transformer, config: Config) -> Engine:
+def build_engine(model: MoEModel, config: Config) -> Engine:
     """The engine `config.engine.name` around `model`. Every rank of the world must call this."""
     if config.engine.name not in ENGINES:
         raise ConfigError(f"engine.name={config.engine.name} is unknown: use one of {sorted(ENGINES)}")

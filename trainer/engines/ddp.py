@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from twohop.models import Transformer, expert_parameters
+from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.config import Config, Precision
 from twohop.trainer.optim import build_optimizer, set_learning_rate
 from twohop.trainer.state import model_tensors, optimizer_tensors
@@ -20,7 +20,7 @@ BUCKET_BYTES = 32 << 20  # enough to hide the latency of a message, small beside
 class DdpEngine:
     """See `Engine`. Dense gradients are summed over the world, each layer's experts over that layer's EDP group."""
 
-    def __init__(self, model: Transformer, config: Config) -> None:
+    def __init__(self, model: MoEModel, config: Config) -> None:
         self.model = model
         self.optimizer = build_optimizer(model, config.optim)
         self.clip_norm = config.optim.clip_norm

@@ -1,0 +1,33 @@
+"""What all models have in common.
+
+Shapes: V classes of a target (the vocabulary, for text).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from twohop.models.config import ModelConfig
+from twohop.models.moe import MoELayer, MoEStats
+
+
+class ModelOutput(NamedTuple):
+    """Logits of every target, [B, T, V] for the next tokens of text, and the statistics of every MoE layer in order."""
+
+    logits: Tensor
+    moe: tuple[MoEStats, ...]
+
+
+class MoEModel(nn.Module):
+    """A model with MoE layers. A subclass takes (config, dispatchers), one dispatcher for each MoE layer in order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def moe_layers(self) -> Iterator[tuple[str, MoELayer]]:
+        """(module name, layer) of every MoE layer, in order."""
+        for name, module in self.named_modules():
+            if isinstance(module, MoELayer):
+                yield name, module
