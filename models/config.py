@@ -4,8 +4,11 @@ This module imports neither torch nor a config system, so that a command line ca
 Every `__post_init__` refuses an impossible value with a `ValueError` that names key, value and cure.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
+
+from twohop.models.layer_counts import expert_counts
 
 
 class Activation(Enum):
@@ -66,7 +69,9 @@ class RouterConfig:
 class MoEConfig:
     """The Mixture-of-Experts layers of a model. `experts=[]` makes the model dense."""
 
-    experts: list[int] = field(default_factory=list)  # one entry for each MoE layer, or one for all
+    # One number for each MoE layer (0: a dense block in its place), or one for all. Also a text, "[32]*10 + [64]*2" or
+    # "pyramid(32, 64, last=2)", which the `ModelConfig` around makes a list, since it knows the number of layers.
+    experts: Any = field(default_factory=list)
     every: int = 2  # the blocks every, 2·every, … (counted from 1) are MoE blocks
     ffn_dim: int | None = None  # hidden width of an expert; null: the model's ffn_dim
     shared_ffn_dim: int = 0  # hidden width of the shared expert that sees every token; 0: none
@@ -87,10 +92,19 @@ class MoEConfig:
                 value is None or value > 0,
                 f"model.moe.{key}={value}: use a positive factor, or null for dropless routing",
             )
+        if not isinstance(self.experts, str):
+            self.experts = expert_counts(self.experts)
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        _require(
+            any(self.experts) or not self.experts,
+            f"model.moe.experts={self.experts}: no layer has experts: use [] for a dense model",
+        )
         for count in self.experts:
-            _require(count >= 1, f"model.moe.experts={self.experts}: every MoE layer needs at least 1 expert")
+            _require(count >= 0, f"model.moe.experts={self.experts}: use 1 or more experts, or 0 for a dense block")
             _require(
-                self.router.top_k <= count,
+                self.router.top_k <= count or count == 0,
                 f"model.moe.router.top_k={self.router.top_k} is more than the {count} experts of a layer "
                 f"(model.moe.experts={self.experts}): lower top_k or add experts",
             )
@@ -131,7 +145,9 @@ class ModelConfig:
             self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
         )
-        given, wanted = len(self.moe.experts), self.num_layers // self.moe.every
+        wanted = self.num_layers // self.moe.every
+        self.moe = replace(self.moe, experts=expert_counts(self.moe.experts, wanted))
+        given = len(self.moe.experts)
         _require(
             given in (0, 1, wanted),
             f"model.moe.experts lists {given} layers, but model.num_layers={self.num_layers} with "

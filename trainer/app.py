@@ -139,7 +139,9 @@ def explain(error: Exception, schema: type) -> str:
         listed = f"; use one of {', '.join(options)}" if options else ""
         return f"{group}={option}: no such option{suggest(option, options)}{listed}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"
+        key, is_pair, value = error.override.partition("=")
+        cure = f"""; a text with signs in it needs quotes twice: '{key}="{value}"'""" if is_pair else ""
+        return f"{error.override}: not of the form key=value ({str(error).splitlines()[0]}){cure}"
     lines = [line.strip() for line in text.splitlines()]
     wanted = [
         line for line in lines if line and not re.match(r"full_key:|object_type=|reference_type=|See https", line)

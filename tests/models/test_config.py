@@ -7,6 +7,7 @@ import pytest
 
 from twohop import models
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+from twohop.models.layer_counts import expert_counts
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,8 @@ from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
         (lambda: RouterConfig(load_balance_loss=-1.0), r"router.load_balance_loss=-1.0"),
         (lambda: RouterConfig(z_loss=-1.0), r"router.z_loss=-1.0"),
         (lambda: MoEConfig(every=0), r"moe.every=0: use 1"),
-        (lambda: MoEConfig(experts=[4, 0]), r"moe.experts=\[4, 0\]: every MoE layer needs at least 1 expert"),
+        (lambda: MoEConfig(experts=[4, -1]), r"moe.experts=\[4, -1\]: use 1 or more experts, or 0 for a dense block"),
+        (lambda: MoEConfig(experts=[0, 0]), r"moe.experts=\[0, 0\]: no layer has experts: use \[\]"),
         (lambda: MoEConfig(experts=[4, 2], router=RouterConfig(top_k=3)), r"top_k=3 is more than the 2 experts"),
         (lambda: MoEConfig(capacity_factor=0.0), r"moe.capacity_factor=0.0: use a positive factor, or null"),
         (lambda: MoEConfig(eval_capacity_factor=-1.0), r"moe.eval_capacity_factor=-1.0"),
@@ -43,11 +45,60 @@ def test_impossible_configurations_are_refused(make, message):
         ([4, 8], 2, [0, 4, 0, 8]),
         ([4], 1, [4, 4, 4, 4]),
         ([4], 3, [0, 0, 4, 0]),
+        ([0, 8], 2, [0, 0, 0, 8]),
+        (8, 2, [0, 8, 0, 8]),
+        ("[4] + [8]", 2, [0, 4, 0, 8]),
+        ("pyramid(0, 8, last=2)", 1, [0, 0, 8, 8]),
     ],
 )
 def test_experts_by_block(experts, every, expected):
     moe = MoEConfig(experts=experts, every=every)
     assert ModelConfig(num_layers=4, moe=moe).experts_by_block == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("[32]*10+[64]*2", [32] * 10 + [64] * 2),
+        ("pyramid(32, 64, last=2)", [32] * 10 + [64] * 2),
+        (" [ 1,2 ] * 2 + [3]+[4, 5]*3 + [6] ", [1, 2, 1, 2, 3, 4, 5, 4, 5, 4, 5, 6]),
+        ("pyramid( 4,8 , last = 11 )", [4] + [8] * 11),
+        ("[7]", [7]),
+        ((4, 8), [4, 8]),
+        (3, [3]),
+    ],
+)
+def test_experts_of_layers_in_one_line(written, expected):
+    assert expert_counts(written, 12) == expected
+    assert ModelConfig(num_layers=2 * 12, moe=MoEConfig("[2]*12")).experts_by_layer == [2] * 12
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "[4]*0", "[4]**2", "[4]+", "[4]*2.0", "[-4]", "[]", "4*[2]", "[4]*[2]", "[1]*9999999", "[4", "pyramid(4, 8)",
+     "pyramid(4, 8, 1)", "pyramid(4, 8, last=1) + [8]", "().__class__", "__import__('os')", None, True, [4.0], [True],
+     ["4"]],
+)  # fmt: skip
+def test_other_texts_are_refused(written):
+    with pytest.raises(
+        ValueError, match=r"(?s)model\.moe\.experts=.*: use a number, a list as \[4,4,8\], or a text as"
+    ):
+        ModelConfig(num_layers=24, moe=MoEConfig(written))
+
+
+@pytest.mark.parametrize(
+    ("layers", "last", "cure"), [(3, 0, "last=1 to last=2"), (3, 3, "last=2"), (1, 1, "2 or more")]
+)
+def test_a_pyramid_fits_the_number_of_layers(layers, last, cure):
+    with pytest.raises(ValueError, match=rf"pyramid\(4, 8, last={last}\): the model has {layers} MoE layers: .*{cure}"):
+        ModelConfig(num_layers=2 * layers, moe=MoEConfig(f"pyramid(4, 8, last={last})"))
+
+
+def test_counts_written_as_text_are_checked_like_a_list():
+    with pytest.raises(ValueError, match=r"top_k=3 is more than the 2 experts"):
+        ModelConfig(num_layers=4, moe=MoEConfig("[4]+[2]", router=RouterConfig(top_k=3)))
+    with pytest.raises(ValueError, match=r"lists 3 layers.* makes 2 MoE layers"):
+        ModelConfig(num_layers=4, moe=MoEConfig("[4]*3"))
 
 
 def test_reading_a_configuration_imports_no_torch():

@@ -117,6 +117,16 @@ def test_every_model_of_the_group_passes_validation(started, capfd):
     assert len(started) == len(models)
 
 
+def test_experts_of_each_layer_in_one_line(started, capfd):
+    for written in ("[4]*2+[8]", "pyramid(4, 8, last=1)", "[4, 4, 8]"):
+        assert run(f"""train 'model.moe.experts="{written}"'""", capfd)[0] == 0
+    assert [config.model.moe.experts for config, _ in started] == [[4, 4, 8]] * 3
+    for once in ("[4]*2+[8]", "pyramid(4,8,last=1)"):
+        code, _, err = run(f"train 'model.moe.experts={once}'", capfd)
+        assert code == 2
+        assert f"""quotes twice: 'model.moe.experts="{once}"'\n""" in err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
