@@ -120,8 +120,29 @@ class TokenizerConfig:
 
 
 @dataclass
+class MultitaskConfig:
+    """The tasks of data=multitask: their names in `twohop.trainer.data.multitask`, and how much data each has."""
+
+    tasks: list[str] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)  # the part of the training lines that each task has; []: all
+    temperature: float = 1.0  # τ: a task of n pairs is drawn in proportion to n^(1/τ); 1 leaves the sizes as they are
+
+    def __post_init__(self) -> None:
+        tasks, sizes = self.tasks, self.sizes
+        _require(
+            bool(tasks) and len(set(tasks)) == len(tasks),
+            f"data.multitask.tasks={tasks}: name one task or more, each once",
+        )
+        _require(
+            len(sizes) in (0, len(tasks)) and all(0 < size <= 1 for size in sizes),
+            f"data.multitask.sizes={sizes}: list a number in (0, 1] for each of the {len(tasks)} tasks, or nothing",
+        )
+        _require_at_least(1, "data.multitask", self, "temperature")
+
+
+@dataclass
 class DataConfig:
-    """Where the text comes from. `source`: stdlib, text or tokens."""
+    """Where the text comes from. `source`: stdlib, text or tokens; or multitask, over the text of stdlib or `files`."""
 
     source: str = "stdlib"
     files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated
@@ -129,6 +150,7 @@ class DataConfig:
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file)
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
+    multitask: MultitaskConfig | None = None
 
     def __post_init__(self) -> None:
         self.files = _listed(self.files, str, "data.files", "a path, or a list of paths")
@@ -139,6 +161,14 @@ class DataConfig:
         _require(
             self.max_mib is None or self.max_mib > 0,
             f"data.max_mib={self.max_mib}: use a positive number of MiB, or null for all text",
+        )
+        _require(
+            self.multitask is None or self.source == "multitask",
+            f"data.multitask has no use with data.source={self.source}: add data=multitask or leave it out",
+        )
+        _require(
+            self.multitask is not None or self.source != "multitask",
+            "data.multitask is not set: data.source=multitask needs its tasks, as data=multitask has them",
         )
 
 

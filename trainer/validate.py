@@ -16,6 +16,7 @@ from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
 from twohop.trainer.config import CommConfig, Config, DataConfig
 from twohop.trainer.data.build import CORPORA
+from twohop.trainer.data.multitask import TASKS
 from twohop.trainer.engines import ENGINES
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.launch import check_port, joins_outer_launcher
@@ -39,7 +40,11 @@ def validate(config: Config, world_size: int) -> None:
 
 def check_data(config: DataConfig) -> None:
     """Raise a ConfigError unless source and files fit together."""
-    _check_name("data.source", config.source, [*CORPORA, "tokens"])
+    _check_name("data.source", config.source, [*CORPORA, "tokens", "multitask"])
+    if config.multitask is not None:
+        for name in config.multitask.tasks:
+            _check_name("data.multitask.tasks", name, TASKS)
+        return  # its text is that of data.files, or the standard library's
     if config.source == "stdlib" and config.files:
         raise ConfigError(f"data.files={config.files} has no use with data=stdlib: add data=text or data=tokens")
     if config.source != "stdlib" and not config.files:

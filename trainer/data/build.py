@@ -13,6 +13,7 @@ from typing import Any
 
 from twohop.trainer.config import DataConfig
 from twohop.trainer.data.corpus import Corpus, Document, stdlib_corpus, text_corpus
+from twohop.trainer.data.multitask import build_task_data
 from twohop.trainer.data.samples import Samples
 from twohop.trainer.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, tokenizer_settings
 from twohop.trainer.data.tokens import TokenWindows, open_tokens, read_header, write_tokens
@@ -33,6 +34,7 @@ class Data:
     num_classes: int  # of a target: the tokenizer's vocabulary, or the classes of images
     tokenizer: Tokenizer | None  # None: not text
     fingerprint: str
+    tasks: tuple[str, ...] = ()  # names of what a batch's task_B numbers; (): it has no tasks
 
 
 def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
@@ -41,6 +43,8 @@ def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
     Raises:
         DataError: a source is missing, empty, unreadable, damaged or shorter than seq_len + 1 tokens.
     """
+    if config.source == "multitask":
+        return _task_data(config, seq_len)
     folder = _prepared_folder(config) if config.source == "tokens" else prepare(config, None, log)
     tokenizer = load_tokenizer(folder)
     train, train_header = open_tokens(folder / "train")
@@ -52,6 +56,13 @@ def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
         tokenizer=tokenizer,
         fingerprint=hashlib.sha256(f"{train_header.sha256} {valid_header.sha256}".encode()).hexdigest(),
     )
+
+
+def _task_data(config: DataConfig, seq_len: int) -> Data:
+    assert config.multitask is not None
+    made = build_task_data(config, seq_len)
+    names = tuple(config.multitask.tasks)
+    return Data(made.train, made.valid, made.vocab_size, made.tokenizer, made.fingerprint, names)
 
 
 def prepare(config: DataConfig, directory: Path | None = None, log: Log = print) -> Path:
