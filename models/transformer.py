@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.comm import TokenDispatcher
-from twohop.models.attention import Attention, KVCache, rope_angles
+from twohop.models.attention import KVCache, build_attention, rope_angles
 from twohop.models.base import ModelOutput, MoEModel
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
@@ -21,10 +21,10 @@ from twohop.models.routers import TokenInfo
 class Block(nn.Module):
     """Attention, then a dense MLP or an MoE layer, each after a norm and beside the residual stream."""
 
-    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher | None) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher | None, layer: int = 0) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = build_attention(config, layer=layer)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.is_moe = dispatcher is not None
         if dispatcher is not None:
@@ -51,7 +51,10 @@ class Transformer(MoEModel):
             raise ValueError("model.vocab_size is null: set it to the size of the tokenizer's vocabulary")
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         remaining = iter(dispatchers)
-        self.blocks = nn.ModuleList(Block(config, next(remaining) if n else None) for n in config.experts_by_block)
+        self.blocks = nn.ModuleList(
+            Block(config, next(remaining) if num_experts else None, layer)
+            for layer, num_experts in enumerate(config.experts_by_block)
+        )
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
@@ -87,4 +90,4 @@ class Transformer(MoEModel):
 
     def new_cache(self, max_len: int) -> list[KVCache]:
         """An empty key/value cache for `max_len` positions."""
-        return [KVCache(max_len) for _ in self.blocks]
+        return [block.attention.new_cache(max_len) for block in self.blocks]
