@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
     from twohop.comm.cost import CostModel
     from twohop.comm.diagnose import announce_failure
-    from twohop.comm.dispatcher import Dispatched, TokenDispatcher, build_dispatcher
+    from twohop.comm.dispatcher import Dispatched, Planned, TokenDispatcher, build_dispatcher
     from twohop.comm.errors import CommError, NotFiniteError
     from twohop.comm.probe import fit_cost_model
     from twohop.comm.topology import Topology
@@ -25,6 +25,7 @@ _HOME = {
     "CostModel": "cost",
     "AutoOptions": "way",
     "Dispatched": "dispatcher",
+    "Planned": "dispatcher",
     "TokenDispatcher": "dispatcher",
     "build_dispatcher": "dispatcher",
     "announce_failure": "diagnose",
@@ -43,6 +44,7 @@ __all__ = [
     "Dispatched",
     "HopWires",
     "NotFiniteError",
+    "Planned",
     "TokenDispatcher",
     "Topology",
     "TrafficMeter",

@@ -25,6 +25,24 @@ from twohop.comm.wiring import Wires
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A plan that the EP group has agreed on, and what it carries."""
+
+    way: Way
+    plan: Plan
+    number: int  # among this dispatcher's plans, hence the same on all ranks
+    tokens_like: tuple[torch.Size, torch.dtype]  # of the tokens that it is for
+    weights_NK: torch.Tensor | None  # gets the gradient of the combine weights; None: they are constants
+
+    def kept(self) -> "Planned":
+        """The same plan for further calls of `follow`, with the combine weights as they are now.
+
+        Holds no graph and none of the rows. No communication, but every rank must keep, and follow, the same plans.
+        """
+        return replace(self, plan=self.plan.kept(self.number), weights_NK=None)
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """Tokens at their experts."""
 
@@ -38,7 +56,7 @@ class Dispatched:
 class TokenDispatcher:
     """Carries tokens. Make it with `build_dispatcher`.
 
-    It has no state but its groups and, for `auto`, what it knows of the sizes.
+    It has no state but its groups, the number of its plans and, for `auto`, what it knows of the sizes.
     """
 
     def __init__(self, topology: Topology, num_experts: int, label: str, choose: Chooser, tokens: int) -> None:
@@ -46,6 +64,7 @@ class TokenDispatcher:
         self.grid = Grid(tuple(axis.size for axis in topology.axes if axis.size > 1), num_experts)
         self._choose = choose
         self._most_tokens = tokens  # of any rank, at the last call; known to all ranks alike
+        self._plans = 0  # made so far
 
     @property
     def num_local_experts(self) -> int:
@@ -75,10 +94,11 @@ class TokenDispatcher:
                 died or did not come; names rank, layer and phase.
             ValueError: tokens, ids and weights do not fit each other.
         """
-        way, plan = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
-        (weight_n,) = carry_weights(weights_NK, plan)
-        (chunk,) = plan.chunks
-        return Dispatched(last(way_there(tokens_ND, chunk, way.wires)), chunk.counts, plan, weight_n, way)
+        planned = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
+        (weight_n,) = carry_weights(weights_NK, planned.plan)
+        (chunk,) = planned.plan.chunks
+        rows_RD = last(way_there(tokens_ND, chunk, planned.way.wires))
+        return Dispatched(rows_RD, chunk.counts, planned.plan, weight_n, planned.way)
 
     @torch.compiler.disable
     def combine(self, expert_rows_RD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
@@ -124,7 +144,35 @@ class TokenDispatcher:
         Returns:
             [N, D] as `combine` gives it, and what `beside` returned, or None.
         """
-        way, plan = self._plan(tokens_ND, expert_ids_NK, weights_NK)
+        return self.follow(self._plan(tokens_ND, expert_ids_NK, weights_NK), tokens_ND, experts, beside)
+
+    @torch.compiler.disable
+    def plan(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> Planned:
+        """The first half of `run`: agree on who sends what, and bring the combine weights to the experts.
+
+        Every rank of the EP group must call this, and `follow` afterwards. Arguments and errors as in `dispatch`.
+        """
+        return self._plan(tokens_ND, expert_ids_NK, weights_NK)
+
+    @torch.compiler.disable
+    def follow(
+        self, planned: Planned, tokens_ND: torch.Tensor, experts: Experts, beside: Callable[[], Any] | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """The second half of `run`, which may be repeated with `planned.kept()`: no counts, no assignments, no router.
+
+        Every rank of the EP group must call this with the same plan. Returns what `run` returns, to the bit, for the
+        assignments and combine weights of the plan.
+
+        Raises:
+            CommError: a rank follows another plan, does something else, failed, died or did not come; names rank,
+                layer and phase. Rows of a kept plan are not looked at: what is not finite spreads.
+            ValueError: tokens of another shape or dtype than those that were planned for.
+        """
+        with announce_failure(self.topology, f"{self.label}, dispatch"):
+            if (tokens_ND.shape, tokens_ND.dtype) != planned.tokens_like:
+                wanted, given = planned.tokens_like, (tokens_ND.shape, tokens_ND.dtype)
+                raise ValueError(f"the plan is for tokens {[*wanted[0]]} {wanted[1]}, not {[*given[0]]} {given[1]}")
+        self._most_tokens = planned.plan.most_tokens
 
         def announced_experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
             with announce_failure(self.topology, f"{self.label}, experts"):
@@ -132,7 +180,7 @@ class TokenDispatcher:
                 _check_expert_rows(expert_rows_RD, rows_RD)
             return expert_rows_RD
 
-        return run(tokens_ND, weights_NK, plan, way.wires, announced_experts, beside)
+        return run(tokens_ND, planned.weights_NK, planned.plan, planned.way.wires, announced_experts, beside)
 
     def way(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor) -> Way:
         """How the next call with such tokens carries them; no communication, the same on all ranks."""
@@ -140,7 +188,7 @@ class TokenDispatcher:
 
     def _plan(
         self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, chunks: int | None = None
-    ) -> tuple[Way, Plan]:
+    ) -> Planned:
         with announce_failure(self.topology, f"{self.label}, dispatch"):
             _check_arguments(tokens_ND, expert_ids_NK, weights_NK)
         way = self.way(tokens_ND, expert_ids_NK)
@@ -163,7 +211,8 @@ class TokenDispatcher:
             ids_NK = expert_ids_NK.masked_fill(unknown_NK, -1)
             plan = make_plan(ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status)
         self._most_tokens = plan.most_tokens
-        return way, plan
+        self._plans += 1
+        return Planned(way, plan, self._plans, (tokens_ND.shape, tokens_ND.dtype), weights_NK)
 
 
 def _check_arguments(tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> None:

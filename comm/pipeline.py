@@ -150,9 +150,10 @@ class _Carry(torch.autograd.Function):
         return ctx.plan.assignments_home(grad_n.contiguous(), "metadata backward").view(shape).to(dtype), None
 
 
-def carry_weights(weights_NK: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """The combine weights that the plan has brought here, for each chunk; differentiable in weights_NK."""
-    return _Carry.apply(weights_NK, plan).split([chunk.num_assignments for chunk in plan.chunks])
+def carry_weights(weights_NK: torch.Tensor | None, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """The combine weights that the plan has brought here, for each chunk; differentiable in weights_NK, if given."""
+    weight_n = plan.weight_n if weights_NK is None else _Carry.apply(weights_NK, plan)
+    return weight_n.split([chunk.num_assignments for chunk in plan.chunks])
 
 
 def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
@@ -213,7 +214,7 @@ def schedule(hops: int, chunks: int) -> list[Turn]:
 
 def run(
     tokens_ND: torch.Tensor,
-    weights_NK: torch.Tensor,
+    weights_NK: torch.Tensor | None,
     plan: Plan,
     wires: Wires,
     experts: Experts,

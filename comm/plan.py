@@ -10,7 +10,7 @@ that the plan of a chunk is a slice of the plan of all. Assignments travel besid
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -81,6 +81,20 @@ class Plan:
             sent_n = move.channel.start(arrived_n, move.recv, move.send, phase).wait()
             value_n = torch.empty_like(sent_n).index_copy_(0, move.sending_n, sent_n)
         return value_n.new_zeros(self.num_slots).index_copy_(0, self.slot_n, value_n)
+
+    def kept(self, number: int) -> "Plan":
+        """The plan to be walked again without an agreement, as plan `number`, which is the same on all ranks.
+
+        The number is in the label, hence in the tag of every message: a rank that walks another plan, or none, is
+        never heard in its place. What only the gradients of weights need is left out.
+        """
+
+        def again(move: Move) -> Move:
+            label = f"{move.channel.label}, plan {number} again".removeprefix(", ")
+            return replace(move, channel=replace(move.channel, label=label))
+
+        chunks = tuple(replace(chunk, moves=tuple(map(again, chunk.moves))) for chunk in self.chunks)
+        return replace(self, chunks=chunks, assignment_moves=(), slot_n=self.slot_n.new_empty(0))
 
 
 def make_plan(
