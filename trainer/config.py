@@ -36,6 +36,13 @@ class TokenizerKind(Enum):
     file = "file"
 
 
+class DataOrder(Enum):
+    """What an epoch shuffles: `samples`, or whole global `batches` that are put together once and come again."""
+
+    samples = "samples"
+    batches = "batches"
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
@@ -147,6 +154,7 @@ class DataConfig:
     source: str = "stdlib"
     files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    order: DataOrder = DataOrder.samples  # batches: the samples that fill no last global batch are never used
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file)
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
@@ -233,6 +241,40 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(1, "train", self, "steps", "seq_len", "global_batch", "micro_batch")
+
+
+@dataclass
+class DistillConfig:
+    """Training towards a teacher: the loss gets weight · temperature² · KL(teacher ‖ student)."""
+
+    teacher: str | None = None  # the folder of a trained run; null: none
+    weight: float = 1.0  # β
+    temperature: float = 1.0  # T, by which the logits of both are divided
+    until: float = 2 / 3  # the part of the steps after which the teacher leaves (staged); 1: it stays (full)
+    # A block of the teacher and one of the student, counted from 1: the student's state there shall be the teacher's.
+    hint_blocks: list[int] = field(default_factory=list)
+    hint_weight: float = 1.0  # of the mean squared distance
+
+    def __post_init__(self) -> None:
+        _require(self.teacher != "", "distill.teacher is empty: name the run folder of a trained model")
+        _require_at_least(0, "distill", self, "weight", "hint_weight")
+        _require(self.temperature > 0, f"distill.temperature={self.temperature}: use a positive number")
+        _require(0 < self.until <= 1, f"distill.until={self.until}: use a part of the steps in (0, 1]")
+        _require(
+            len(self.hint_blocks) in (0, 2) and all(block >= 1 for block in self.hint_blocks),
+            f"distill.hint_blocks={self.hint_blocks}: use [teacher's block, student's block], counted from 1, or []",
+        )
+        _require(
+            bool(self.hint_blocks) or self.hint_weight == 1,
+            f"distill.hint_weight={self.hint_weight} has no use without distill.hint_blocks: set it or leave it out",
+        )
+        if self.teacher is None:
+            for key, default in (("weight", 1), ("temperature", 1), ("until", 2 / 3), ("hint_blocks", [])):
+                value = getattr(self, key)
+                _require(
+                    value == default,
+                    f"distill.{key}={value} has no use without distill.teacher: name a run folder, or leave it out",
+                )
 
 
 @dataclass
@@ -323,6 +365,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

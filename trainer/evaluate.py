@@ -1,22 +1,33 @@
-"""Validation: the mean cross-entropy of the validation split.
-
-Shapes: N targets, V classes.
-"""
+"""Validation: the mean cross-entropy of the validation split, and how often the model's first choice is right."""
 
 import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from twohop.trainer.data import IGNORED
+from twohop.trainer.objective import cross_entropy_sum
 from twohop.trainer.setup import Run
 from twohop.trainer.world import rank, sum_over_world, world_size
 
 
+class Evaluation(NamedTuple):
+    """What the validation split says of a model."""
+
+    loss: float  # mean cross-entropy in nats per target
+    accuracy: float  # share of the targets that have the largest logit
+
+    def record(self) -> dict[str, float]:
+        """The same for metrics.jsonl and summary.json."""
+        return {
+            "valid_loss": self.loss,
+            "valid_perplexity": perplexity(self.loss),
+            "valid_accuracy": self.accuracy,
+        }
+
+
 @torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean cross-entropy in nats per target over the first `eval.batches` global batches of the validation split.
+def evaluate(run: Run) -> Evaluation:
+    """Loss and accuracy over the first `eval.batches` global batches of the validation split.
 
     Every rank of the world must call this, and gets the same bits. Samples come in their order; the result
     does not depend on the world size. Routing is dropless unless model.moe.eval_capacity_factor is set.
@@ -26,7 +37,7 @@ def evaluate(run: Run) -> float:
     wanted = config.eval.batches * config.train.global_batch
     num_samples = min(wanted, len(samples)) if wanted else len(samples)
     micro_batches = math.ceil(num_samples / micro_size)
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)  # cross-entropy, right choices
     run.model.eval()
     for start in range(0, micro_batches, world_size()):
         index = start + rank()
@@ -36,16 +47,11 @@ def evaluate(run: Run) -> float:
         with run.engine.autocast():
             logits = run.model(**batch.inputs).logits
         if own:
-            total += cross_entropy_sum(logits, batch.targets)
-    sum_over_world(total, "validation loss")
-    return float(total) / samples.num_targets(range(num_samples))
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Σ over all targets in nats, of logits [*targets.shape, V], in fp32 (fp64 for fp64 logits); IGNORED ones are 0."""
-    logits_NV = logits.flatten(0, -2)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    return F.cross_entropy(logits_NV, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            right = (logits.argmax(-1) == batch.targets).sum()  # never at IGNORED, which is no class
+            totals += torch.stack([cross_entropy_sum(logits, batch.targets).double(), right.double()])
+    sum_over_world(totals, "validation loss")
+    loss, accuracy = (totals / samples.num_targets(range(num_samples))).tolist()
+    return Evaluation(loss, accuracy)
 
 
 def perplexity(loss: float) -> float:

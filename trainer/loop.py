@@ -15,9 +15,9 @@ import torch
 
 from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
-from twohop.trainer.data import sample_numbers
+from twohop.trainer.data import step_numbers
 from twohop.trainer.errors import UserError
-from twohop.trainer.evaluate import cross_entropy_sum, evaluate, perplexity
+from twohop.trainer.evaluate import Evaluation, evaluate
 from twohop.trainer.metrics import MetricsWriter
 from twohop.trainer.progress import Progress
 from twohop.trainer.schedule import lr_factor
@@ -26,10 +26,10 @@ from twohop.trainer.totals import StepTotals, traffic_of_world
 from twohop.trainer.world import rank, world_size
 
 
-def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | None, progress: Progress) -> float:
+def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | None, progress: Progress) -> Evaluation:
     """Train from `first_step` to the end, with evaluations and checkpoints on the way and at the end.
 
-    Every rank must call this; rank 0 alone has a `writer`. Returns the final validation loss.
+    Every rank must call this; rank 0 alone has a `writer`. Returns the last evaluation.
 
     Raises:
         UserError: loss or gradient became infinite or NaN.
@@ -37,21 +37,21 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
         CommError: a rank died or did not answer within comm.timeout_s.
     """
     config, steps = run.config, run.config.train.steps
-    valid_loss = evaluate(run) if first_step >= steps else math.nan
+    valid = None
     for step in range(first_step, steps):
         done = step + 1
         with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
             record = train_step(run, step)
-        progress.update(done, record["loss"], record["tokens_per_s"])
+        progress.update(done, record["loss"], record["targets_per_s"])
         if writer is not None:
             writer.log(done, record)
         if _is_due(done, config.eval.every, steps):
-            valid_loss = evaluate(run)
+            valid = evaluate(run)
             if writer is not None:
-                writer.log(done, {"valid_loss": valid_loss, "valid_perplexity": perplexity(valid_loss)}, kind="eval")
+                writer.log(done, valid.record(), kind="eval")
         if _is_due(done, config.checkpoint.every, steps):
             run.checkpoints.save(done, run.state(), run.identity(), tracker_id)
-    return valid_loss
+    return valid or evaluate(run)  # a run that was already at its end
 
 
 def train_step(run: Run, step: int) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     started = time.perf_counter()
     config, samples, micro_size = run.config, run.data.train, run.config.train.micro_batch
     micro_batches = config.train.global_batch // micro_size
-    numbers = sample_numbers(config.seed, step * config.train.global_batch, config.train.global_batch, len(samples))
+    numbers = step_numbers(config.data.order, config.seed, step, config.train.global_batch, len(samples))
     global_targets = samples.num_targets(numbers)
     run.model.train()
     run.meter.reset()
@@ -71,14 +71,11 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
         try:
             with run.engine.autocast():
                 output = run.model(**batch.inputs)
+                parts = run.objective(batch, output, samples.num_targets(own), step / config.train.steps)
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
-        cross_entropy = cross_entropy_sum(output.logits, batch.targets)
-        # A router's loss is a mean over the micro-batch: times its targets, it adds up over micro-batches as well.
-        router_losses = [loss for stats in output.moe for loss in stats.losses.values()]
-        aux_loss = sum(router_losses, torch.zeros_like(cross_entropy)) * samples.num_targets(own)
-        run.engine.backward((cross_entropy + aux_loss) / global_targets)
-        totals.add(cross_entropy, aux_loss, output.moe)
+        run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets)
+        totals.add(parts, output.moe)
 
     factor = lr_factor(step, config.train.steps, config.schedule)
     grad_norm = run.engine.step(factor)
@@ -88,7 +85,7 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "targets": global_targets}
     record |= {"traffic": traffic_of_world(run.meter)}
     seconds = time.perf_counter() - started
-    return record | {"step_s": seconds, "tokens_per_s": global_targets / seconds}
+    return record | {"step_s": seconds, "targets_per_s": global_targets / seconds}
 
 
 def _diverged(run: Run, step: int, what: str) -> UserError:

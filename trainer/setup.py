@@ -11,19 +11,22 @@ from torch import Tensor
 from twohop.comm import (
     AutoOptions,
     CostModel,
-    TokenDispatcher,
     Topology,
     TrafficMeter,
     build_dispatcher,
     fit_cost_model,
 )
-from twohop.models import MoEModel, build_model, parameter_counts
-from twohop.trainer.checkpoint import CheckpointStore
-from twohop.trainer.config import Config
+from twohop.models import ModelConfig, MoEModel, build_model, parameter_counts
+from twohop.models.build import MakeDispatcher
+from twohop.trainer.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.config import CommConfig, Config
 from twohop.trainer.data import Data, build_data
+from twohop.trainer.distill import Teacher, teacher_config
 from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
+from twohop.trainer.objective import Objective
 from twohop.trainer.run_folder import CHECKPOINTS
+from twohop.trainer.state import model_tensors
 from twohop.trainer.world import leader_first, say
 
 COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder
@@ -39,6 +42,7 @@ class Run:
     topology: Topology
     data: Data
     engine: Engine
+    objective: Objective  # what training minimises
     checkpoints: CheckpointStore
     meter: TrafficMeter  # what this rank's MoE layers send
 
@@ -57,6 +61,7 @@ class Run:
             **model_identity(self.config),
             "seed": self.config.seed,
             "data.fingerprint": self.data.fingerprint,
+            "data.order": self.config.data.order.value,
             "train.seq_len": self.config.train.seq_len,
             "train.global_batch": self.config.train.global_batch,
         }
@@ -87,27 +92,48 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
     except ValueError as error:  # what only the started world can tell, such as nodes of different size
         raise ConfigError(str(error)) from None
-    experts_by_layer = config.model.experts_by_layer
-    ep_sizes = config.comm.ep_sizes(experts_by_layer, topology.world_size)
-
     auto = _auto_options(config, topology, directory) if config.comm.dispatcher == "auto" else None
 
-    def make_dispatcher(layer: int, num_experts: int) -> TokenDispatcher:
-        return build_dispatcher(
-            config.comm.dispatcher,
+    def dispatchers(label: str, comm: CommConfig, model: ModelConfig) -> MakeDispatcher:
+        ep_sizes = comm.ep_sizes(model.experts_by_layer, topology.world_size)
+        return lambda layer, num_experts: build_dispatcher(
+            comm.dispatcher,
             topology.with_ep(ep_sizes[layer]),
             num_experts,
-            chunks=config.comm.chunks,
-            wires=config.comm.wire,
+            chunks=comm.chunks,
+            wires=comm.wire,
             auto=auto,
-            label=f"MoE layer {layer}",
+            label=f"{label} {layer}",
             meter=meter,
         )
 
-    model = build_model(config.model, make_dispatcher, device)
+    model = build_model(config.model, dispatchers("MoE layer", config.comm, config.model), device)
+    teacher = None
+    if config.distill.teacher is not None:
+        taught_by = teacher_config(config)
+        taught_by.model.vocab_size = _vocab_size(taught_by, data)
+        # Its experts are of another number, and so are their EP sizes: the default fits any.
+        any_size = replace(config.comm, ep_size=None)
+        make_dispatcher = dispatchers("the teacher's MoE layer", any_size, taught_by.model)
+        teacher_model = build_model(taught_by.model, make_dispatcher, device)
+        _load_teacher(teacher_model, taught_by, data, Path(config.distill.teacher).expanduser())
+        teacher = Teacher(config.distill, teacher_model, student=model)
     checkpoints = CheckpointStore(directory / CHECKPOINTS, config.checkpoint.keep, say)
     engine = build_engine(model, config)
-    return Run(config, directory, device, topology, data, engine, checkpoints, meter)
+    return Run(config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter)
+
+
+def _load_teacher(model: MoEModel, config: Config, data: Data, directory: Path) -> None:
+    """Fill this rank's share of the teacher from the newest checkpoint in its run folder."""
+    checkpoint = CheckpointStore(directory / CHECKPOINTS, log=say).latest()
+    if checkpoint is None:
+        raise ConfigError(f"distill.teacher={directory}: holds no checkpoint; train the teacher first")
+    if checkpoint.identity.get("data.fingerprint") != data.fingerprint:
+        raise ConfigError(
+            f"distill.teacher={directory} was trained on other data or with another tokenizer: "
+            "use its data settings, or a teacher of this data"
+        )
+    load_tensors(checkpoint, model_tensors(model), model_identity(config))
 
 
 def _auto_options(config: Config, topology: Topology, directory: Path) -> AutoOptions:

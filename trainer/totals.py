@@ -22,26 +22,30 @@ class StepTotals:
     def __init__(self, layer_names: list[str]) -> None:
         self._layer_names = layer_names
         self._experts_by_layer: list[int] = []
-        self._sums: Tensor | None = None  # fp64 [cross-entropy, aux loss, then load_E and dropped of every layer]
+        self._loss_names: list[str] = []
+        self._sums: Tensor | None = None  # fp64 [losses, then load_E and dropped of every layer]
 
-    def add(self, cross_entropy: Tensor, aux_loss: Tensor, moe: tuple[MoEStats, ...]) -> None:
-        """Add one micro-batch: both losses summed over its tokens."""
-        parts = [cross_entropy, aux_loss] + [part for stats in moe for part in (stats.load_E, stats.dropped)]
+    def add(self, losses: dict[str, Tensor], moe: tuple[MoEStats, ...]) -> None:
+        """Add one micro-batch: each loss summed over its targets."""
+        self._loss_names = list(losses)
+        parts = [*losses.values()] + [part for stats in moe for part in (stats.load_E, stats.dropped)]
         sums = torch.cat([part.detach().reshape(-1).double() for part in parts])
         self._experts_by_layer = [len(stats.load_E) for stats in moe]
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def reduce(self, num_tokens: int) -> dict[str, Any]:
-        """Losses per token, and each layer's loads and drops as fractions, over all ranks. Every rank calls this."""
+    def reduce(self, num_targets: int) -> dict[str, Any]:
+        """Losses per target, and each layer's loads and drops as fractions, over all ranks. Every rank calls this."""
         assert self._sums is not None
         sum_over_world(self._sums, "losses")
-        cross_entropy, aux_loss, *rest = self._sums.tolist()
+        sums = self._sums.tolist()
+        losses = {name: total / num_targets for name, total in zip(self._loss_names, sums, strict=False)}
+        rest = sums[len(losses) :]
         layers = {}
         for name, num_experts in zip(self._layer_names, self._experts_by_layer, strict=True):
             load, dropped, rest = rest[:num_experts], rest[num_experts], rest[num_experts + 1 :]
             assignments = max(1.0, sum(load))
             layers[name] = {"load": [n / assignments for n in load], "dropped": dropped / assignments}
-        return {"loss": cross_entropy / num_tokens, "aux_loss": aux_loss / num_tokens, "moe": layers}
+        return losses | {"moe": layers}
 
 
 def traffic_of_world(meter: TrafficMeter) -> Traffic:

@@ -17,6 +17,7 @@ from twohop.trainer.cli import suggest
 from twohop.trainer.config import CommConfig, Config, DataConfig
 from twohop.trainer.data.build import CORPORA
 from twohop.trainer.data.multitask import TASKS
+from twohop.trainer.distill import teacher_config
 from twohop.trainer.engines import ENGINES
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.launch import check_port, joins_outer_launcher
@@ -34,6 +35,8 @@ def validate(config: Config, world_size: int) -> None:
     check_data(config.data)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
+    if config.distill.teacher is not None:
+        teacher_config(config)
     if not joins_outer_launcher():
         check_port(config.launch.port)
 
@@ -79,7 +82,8 @@ def _check_router(config: Config) -> None:
     try:
         with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
             for experts in set(config.model.experts_by_layer):
-                build_router(router, config.model.dim, experts)
+                # The vocabulary is known once the data is there; text has one.
+                build_router(router, config.model.dim, experts, config.model.vocab_size or 1, config.model.num_tasks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
