@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from twohop.models.config import CapacityRounding
+from twohop.models.config import BatchPriority, CapacityRounding
 
 
 def expert_capacity(
@@ -56,10 +56,21 @@ def fill_positions(ids_NK: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, place).view(top_k, num_tokens).T
 
 
-def drop_overflow(ids_NK: Tensor, weights_NK: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def drop_overflow(
+    ids_NK: Tensor, weights_NK: Tensor, capacity: int, priority: BatchPriority = BatchPriority.off
+) -> tuple[Tensor, Tensor]:
     """Drops the assignments that come after the first `capacity` of their expert: id becomes -1, weight 0.
 
-    A token that loses all its experts passes through the layer's residual stream unchanged.
+    A token that loses all its experts passes through the layer's residual stream unchanged. With a `priority`,
+    queues fill in the order of the tokens' largest or summed weight instead of their own (batch priority routing,
+    Riquelme 2021): what is kept then depends on all tokens of the micro-batch.
     """
-    dropped_NK = fill_positions(ids_NK) >= capacity
+    if priority is BatchPriority.off:
+        position_NK = fill_positions(ids_NK)
+    else:
+        score_N = weights_NK.amax(-1) if priority is BatchPriority.max else weights_NK.sum(-1)
+        order_N = score_N.argsort(descending=True, stable=True)
+        position_NK = torch.empty_like(ids_NK)
+        position_NK[order_N] = fill_positions(ids_NK[order_N])
+    dropped_NK = position_NK >= capacity
     return ids_NK.masked_fill(dropped_NK, -1), weights_NK.masked_fill(dropped_NK, 0)

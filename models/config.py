@@ -4,10 +4,12 @@ This module imports neither torch nor a config system, so that a command line ca
 Every `__post_init__` refuses an impossible value with a `ValueError` that names key, value and cure.
 """
 
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
+from twohop.models.attention_config import AttentionConfig
 from twohop.models.layer_counts import expert_counts
 
 
@@ -35,10 +37,26 @@ class Residual(Enum):
     learned = "learned"
 
 
+class BatchPriority(Enum):
+    """Which tokens fill the experts first: in their order, or by their largest or summed weight (Riquelme 2021)."""
+
+    off = "off"
+    max = "max"
+    sum = "sum"
+
+
+class BalanceOver(Enum):
+    """Over which tokens the load-balancing loss counts: those of a micro-batch, or of the global batch (Qiu 2025)."""
+
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+
+
 class ModelKind(Enum):
-    """`decoder`: a causal language model."""
+    """`decoder`: a causal language model. `encoder_decoder`: from one sequence to another."""
 
     decoder = "decoder"
+    encoder_decoder = "encoder_decoder"
 
 
 def _require(holds: bool, message: str) -> None:
@@ -48,19 +66,41 @@ def _require(holds: bool, message: str) -> None:
 
 @dataclass
 class RouterConfig:
-    """Which experts a token goes to. `name` is looked up in `twohop.models.routers`."""
+    """Which experts a token goes to. `name` is looked up in `twohop.models.routers`.
+
+    A router refuses what it does not have; a default that it does not have means nothing to it.
+    """
 
     name: str = "softmax_topk"
     top_k: int = 2
-    renormalize: bool = False
+    renormalize: bool = False  # divide the weights of a token by their sum
+    scale: float = 1.0  # sigmoid: factor of the weights; DeepSeek-V3 uses 2.5
     jitter: float = 0.0  # input noise of Switch: x · U(1 - jitter, 1 + jitter), training only
+    noise: float = 1.0  # noisy: the logits' noise has the standard deviation noise / E, training only
+    groups: int = 1  # sigmoid: parts of the experts in order; as many as an EP group has nodes: one for each node
+    top_groups: int = 1  # sigmoid: how many groups a token may use
+    bias_rate: float = 1e-3  # sigmoid: γ, by which the selection bias moves after a step; 0: no bias
+    iterations: int = 8  # sinkhorn: normalisations of rows and columns
     load_balance_loss: float = 0.01  # weight α of E · Σ f·P, which is 1 when balanced
+    load_balance_over: BalanceOver = BalanceOver.micro_batch
+    sequence_loss: float = 0.0  # weight of the same within each sequence; DeepSeek-V3 uses 1e-4
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)²); ST-MoE uses 1e-3
+    importance_loss: float = 0.005  # noisy: weight of (std / mean)² of the experts' summed probabilities
+    load_loss: float = 0.005  # noisy: weight of (std / mean)² of the experts' chances to be chosen
 
     def __post_init__(self) -> None:
         _require(self.top_k >= 1, f"model.moe.router.top_k={self.top_k}: a token needs at least 1 expert")
         _require(0 <= self.jitter < 1, f"model.moe.router.jitter={self.jitter}: use a value in [0, 1)")
-        for key in ("load_balance_loss", "z_loss"):
+        _require(self.scale > 0, f"model.moe.router.scale={self.scale}: use a positive factor")
+        for key in ("noise", "bias_rate"):
+            value = getattr(self, key)
+            _require(value >= 0, f"model.moe.router.{key}={value}: use 0 for none, or more")
+        _require(self.iterations >= 1, f"model.moe.router.iterations={self.iterations}: use 1 or more")
+        _require(
+            1 <= self.top_groups <= self.groups,
+            f"model.moe.router.top_groups={self.top_groups}: use a number from 1 to groups={self.groups}",
+        )
+        for key in ("load_balance_loss", "sequence_loss", "z_loss", "importance_loss", "load_loss"):
             value = getattr(self, key)
             _require(value >= 0, f"model.moe.router.{key}={value}: a loss weight is at least 0")
 
@@ -80,6 +120,8 @@ class MoEConfig:
     eval_capacity_factor: float | None = None  # C at evaluation; null: dropless
     capacity_rounding: CapacityRounding = CapacityRounding.ceil
     min_capacity: int = 4
+    batch_priority: BatchPriority = BatchPriority.off
+    allow_non_causal: bool = False  # train a causal decoder with routes that depend on later tokens
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
@@ -111,12 +153,22 @@ class MoEConfig:
 
 
 @dataclass
+class EncoderConfig:
+    """The encoder of an encoder-decoder; width, heads and all else are the model's, whose own layers are the decoder."""
+
+    num_layers: int = 4
+    ffn_dims: list[int] = field(default_factory=list)  # see `ModelConfig`
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+@dataclass
 class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
+    """A Transformer: RMSNorm, RoPE, grouped-query attention, dense or MoE feed-forward."""
 
     name: str = "dense"
     kind: ModelKind = ModelKind.decoder
     vocab_size: int | None = None  # null: taken from the data's tokenizer
+    num_tasks: int | None = None  # null: the data has no tasks, or says how many
     max_seq_len: int = 256
     dim: int = 128
     num_layers: int = 4
@@ -124,12 +176,15 @@ class ModelConfig:
     num_kv_heads: int | None = None  # null: num_heads (MHA); fewer: grouped-query attention; 1: MQA
     head_dim: int | None = None  # null: dim / num_heads
     ffn_dim: int = 512
+    ffn_dims: list[int] = field(default_factory=list)  # where dense blocks differ: one for each block; []: ffn_dim
     activation: Activation = Activation.gelu
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
     init_std: float = 0.02
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    encoder: EncoderConfig | None = None  # of kind=encoder_decoder
 
     def __post_init__(self) -> None:
         for key in ("max_seq_len", "dim", "num_layers", "num_heads", "ffn_dim"):
@@ -153,6 +208,33 @@ class ModelConfig:
             f"model.moe.experts lists {given} layers, but model.num_layers={self.num_layers} with "
             f"model.moe.every={self.moe.every} makes {wanted} MoE layers: list {wanted} counts, or one for all",
         )
+        _require(
+            len(self.ffn_dims) in (0, self.num_layers) and all(width >= 1 for width in self.ffn_dims),
+            f"model.ffn_dims={self.ffn_dims}: list a positive width for each of the {self.num_layers} blocks, or nothing",
+        )
+        is_pair = self.kind is ModelKind.encoder_decoder
+        _require(
+            is_pair or self.encoder is None,
+            f"model.encoder has no use with model.kind={self.kind.value}: add model.kind=encoder_decoder",
+        )
+        if is_pair:
+            self._settle_encoder()
+
+    def _settle_encoder(self) -> None:
+        """Check the encoder as a stack of its own, and keep its expert counts as the list that this makes of them."""
+        self.encoder = self.encoder or EncoderConfig()
+        try:
+            self.encoder = replace(self.encoder, moe=self.encoder_stack.moe)
+        except ValueError as error:
+            names = re.sub(r"model\.(?=moe|ffn_dims|num_layers)", "model.encoder.", str(error))
+            raise ValueError(names) from None
+
+    @property
+    def encoder_stack(self) -> "ModelConfig":
+        """The encoder's blocks as the configuration of a model of their own."""
+        assert self.encoder is not None
+        own = {key.name: getattr(self.encoder, key.name) for key in fields(self.encoder)}
+        return replace(self, kind=ModelKind.decoder, encoder=None, **own)
 
     @property
     def kv_heads(self) -> int:
@@ -177,5 +259,6 @@ class ModelConfig:
 
     @property
     def experts_by_layer(self) -> list[int]:
-        """Number of experts of every MoE layer, in order."""
-        return [experts for experts in self.experts_by_block if experts]
+        """Number of experts of every MoE layer, in order; those of an encoder come first."""
+        encoder = self.encoder_stack.experts_by_layer if self.encoder is not None else []
+        return encoder + [experts for experts in self.experts_by_block if experts]

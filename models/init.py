@@ -34,10 +34,15 @@ def init_weights(model: MoEModel, seed: int) -> None:
                 _fill_normal(matrix, std, f"{seed}/{name}/{first_expert + i}")
         else:
             _fill_normal(parameter, std, f"{seed}/{name}")
+    for name, layer in model.moe_layers():
+        layer.router.init_buffers(_generator(f"{seed}/{name}.router"))
 
 
 def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Draws on the CPU in fp32, so that device and dtype do not change the weights beyond rounding."""
+    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=_generator(key)))
+
+
+def _generator(key: str) -> torch.Generator:
     digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

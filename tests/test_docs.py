@@ -84,7 +84,7 @@ def entry(file: str, names: dict[str, Any]) -> dict[str, Any]:
 def examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Router, route, wire format, engine, tracker and data source of CONTRIBUTING.md, as if they were added."""
     added = {
-        "models/routers/__init__.py": (ROUTERS, example("models/routers/sigmoid_topk.py")),
+        "models/routers/__init__.py": (ROUTERS, example("models/routers/cosine.py")),
         "comm/wire.py": (FORMATS, {}),
         "trainer/engines/__init__.py": (ENGINES, example("trainer/engines/single.py")),
         "trainer/trackers/__init__.py": (TRACKERS, {"__name__": "example.trackers"}),
@@ -112,8 +112,8 @@ def test_router_engine_tracker_and_data_source_of_the_guide_train_a_model(tmp_pa
             tmp_path,
             f"engine.name={engine}",
             "tracker.name=table",
-            "model.moe.router.name=sigmoid_topk",
-            "model.moe.router.z_loss=0",
+            "model.moe.router.name=cosine",
+            "model.moe.router.jitter=0",
             "data.source=markdown",
             f"data.files={tmp_path / 'text'}",
             "train.steps=3",

@@ -14,16 +14,15 @@ from twohop.trainer.optim import materialize_state
 
 
 def model_tensors(model: MoEModel) -> dict[str, Tensor]:
-    """All parameters as "model.NAME"; an expert parameter is one DTensor [E, ...] over its layer's ("edp", "ep") mesh.
+    """All parameters and persistent buffers as "model.NAME"; buffers, such as a router's bias, are equal on all ranks.
 
-    The tensors share memory with the model.
+    An expert parameter is one DTensor [E, ...] over its layer's ("edp", "ep") mesh. The tensors share memory with the
+    model.
     """
     experts = expert_parameters(model)
     return {
-        f"model.{name}": _global_tensor(
-            parameter.detach(), experts[name].dispatcher.topology if name in experts else None
-        )
-        for name, parameter in model.named_parameters()
+        f"model.{name}": _global_tensor(tensor, experts[name].dispatcher.topology if name in experts else None)
+        for name, tensor in model.state_dict().items()
     }
 
 

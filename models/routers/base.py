@@ -4,11 +4,15 @@ Shapes: B sequences, T positions, N = B·T tokens of the micro-batch, D model wi
 E experts of the layer, K experts for each token.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from twohop.models.config import BalanceOver, RouterConfig
+from twohop.models.routers.losses import Scores, weighted_losses
 
 
 class Routing(NamedTuple):
@@ -30,19 +34,68 @@ class TokenInfo(NamedTuple):
     token_BT: Tensor | None = None  # int64 ids in the vocabulary
     task_B: Tensor | None = None  # int64, the task of each sequence
     sample_B: Tensor | None = None  # int64, the number of each sequence in the data set
+    length_B: Tensor | None = None  # int64, tokens of each sequence, N in all: padding is left out; None: all alike
+    sentence_BD: Tensor | None = None  # what speaks for a sequence whose later tokens are not known; None: its tokens
+
+    def for_each_token(self, value_B: Tensor, num_tokens: int) -> Tensor:
+        """[B, …] → [N, …]: of each token, the value of its sequence."""
+        lengths = num_tokens // self.num_sequences if self.length_B is None else self.length_B
+        return value_B.repeat_interleave(lengths, 0, output_size=num_tokens)  # type: ignore[call-overload]
 
 
 class Router(nn.Module):
-    """From tokens to `Routing`. A subclass is one file, and one line in `ROUTERS`."""
+    """From tokens to `Routing`. A subclass is one file, and one line in `ROUTERS`.
 
-    causal = True  # a token's route depends on no later token of its sequence and on no other sequence
+    `build_router` refuses whatever is set in `RouterConfig` beyond `name`, `top_k` and a class's `options`.
+    """
+
+    causal = True  # in training, a token's route depends on no later token of its sequence and on no other sequence
+    options: frozenset[str] = frozenset()  # the fields of `RouterConfig` that this router has
+    sizes: tuple[str, ...] = ()  # what its constructor takes beside: "vocab_size", "num_tasks"
+
+    def __init__(self, config: RouterConfig, num_experts: int) -> None:
+        super().__init__()
+        self.config, self.num_experts = config, num_experts
+        # For load_balance_over=global_batch: adds an int64 tensor up over all ranks, in place; set by who knows them.
+        self.sum_over_ranks: Callable[[Tensor], None] | None = None
+        self._load_so_far: Tensor | None = None  # of the global batch, over the micro-batches seen
 
     def forward(self, x_ND: Tensor, about: TokenInfo) -> Routing:
         """Route the tokens [N, D] of a micro-batch."""
         raise NotImplementedError
 
+    def init_buffers(self, generator: torch.Generator) -> None:
+        """Give the buffers their first values, drawn from a CPU generator that is the same on all ranks."""
+
     def after_step(self, load_E: Tensor) -> None:
         """Learn, after an optimizer step, how many assignments of the global batch chose each expert: fp64 [E]."""
+        self._load_so_far = None
+
+    def routing(
+        self, about: TokenInfo, ids_NK: Tensor, weights_NK: Tensor, logits_NE: Tensor, probs_NE: Tensor, **noise: Any
+    ) -> Routing:
+        """The decision with its losses, those of `losses.LOSSES` that are among `options`.
+
+        With load_balance_over=global_batch this is a collective of the world while training, once a micro-batch.
+        """
+        load_E = count_assignments(ids_NK, self.num_experts)
+        counted_E = self._count_globally(load_E) if self._counts_globally else load_E
+        scores = Scores(logits_NE, probs_NE, ids_NK, counted_E, about.num_sequences, **noise)
+        return Routing(ids_NK, weights_NK, weighted_losses(self.config, self.options, scores), load_E)
+
+    @property
+    def _counts_globally(self) -> bool:
+        config = self.config
+        wanted = config.load_balance_over is BalanceOver.global_batch and config.load_balance_loss > 0
+        return wanted and "load_balance_over" in self.options and self.training
+
+    def _count_globally(self, load_E: Tensor) -> Tensor:
+        """Assignments of all ranks' micro-batches up to this one, since the last step."""
+        load_E = load_E.clone()
+        if self.sum_over_ranks is not None:
+            self.sum_over_ranks(load_E)
+        self._load_so_far = load_E if self._load_so_far is None else self._load_so_far + load_E
+        return self._load_so_far
 
 
 class Gate(nn.Module):
@@ -71,19 +124,3 @@ def count_assignments(ids_NK: Tensor, num_experts: int) -> Tensor:
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_NK.device)
     flat = ids_NK.flatten() + 1
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[1:]
-
-
-def load_balance_loss(probs_NE: Tensor, load_E: Tensor, top_k: int) -> Tensor:
-    """E · Σ_e f_e · P_e with f over all K choices and P the mean probability: 1 when balanced (Fedus 2021).
-
-    The gradient reaches the router through P alone; f is a count.
-    """
-    num_tokens, num_experts = probs_NE.shape
-    fraction_E = load_E.to(probs_NE.dtype) / max(1, num_tokens * top_k)
-    mean_prob_E = probs_NE.sum(0) / max(1, num_tokens)
-    return num_experts * (fraction_E * mean_prob_E).sum()
-
-
-def z_loss(logits_NE: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)²: keeps logits small (Zoph 2022, ST-MoE)."""
-    return logits_NE.logsumexp(-1).square().sum() / max(1, logits_NE.shape[0])

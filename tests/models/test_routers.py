@@ -8,7 +8,8 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 from twohop.models.config import RouterConfig
 from twohop.models.routers import Routing, TokenInfo, build_router
-from twohop.models.routers.base import count_assignments, load_balance_loss, z_loss
+from twohop.models.routers.base import count_assignments
+from twohop.models.routers.losses import load_balance_loss, z_loss
 
 DIM = 12
 
@@ -87,7 +88,7 @@ def test_load_balance_loss_has_the_stated_scale(top_k):
 
 def test_balanced_load_costs_one():
     probs = torch.full((16, 4), 0.25)
-    torch.testing.assert_close(load_balance_loss(probs, torch.full((4,), 8), top_k=2), torch.tensor(1.0))
+    torch.testing.assert_close(load_balance_loss(probs, torch.full((4,), 8)), torch.tensor(1.0))
 
 
 def test_z_loss_is_transformers():
@@ -136,7 +137,7 @@ def test_z_loss_pulls_logits_down():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "magic"}, r"router.name='magic' is not a router: use one of softmax_topk, switch"),
+        ({"name": "magic"}, r"router.name='magic' is not a router: use one of softmax_topk, topk_softmax, switch"),
         ({"name": "switch", "top_k": 2}, r"top_k=2: the switch router"),
         ({"name": "switch", "top_k": 1, "renormalize": True}, r"renormalize=true"),
     ],
