@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from twohop.models.base import ModelOutput, MoEModel
     from twohop.models.build import ParameterCounts, build_model, expert_parameters, parameter_counts
     from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+    from twohop.models.encoder_decoder import EncoderDecoder, translate
     from twohop.models.init import init_weights
     from twohop.models.moe import MoELayer, MoEStats
     from twohop.models.routers import Routing, build_router
@@ -28,14 +29,17 @@ _HOME = {
     "MoEModel": "base",
     "ModelOutput": "base",
     "ParameterCounts": "build",
+    "EncoderDecoder": "encoder_decoder",
     "Transformer": "transformer",
     "build_model": "build",
     "expert_parameters": "build",
     "parameter_counts": "build",
     "init_weights": "init",
     "generate": "sampling",
+    "translate": "encoder_decoder",
 }
 __all__ = [
+    "EncoderDecoder",
     "MoEConfig",
     "MoELayer",
     "MoEModel",
@@ -52,6 +56,7 @@ __all__ = [
     "generate",
     "init_weights",
     "parameter_counts",
+    "translate",
 ]
 
 

@@ -8,10 +8,16 @@ import torch
 from twohop.comm import TokenDispatcher, Topology, build_dispatcher
 from twohop.models.base import MoEModel
 from twohop.models.config import ModelConfig, ModelKind
+from twohop.models.encoder_decoder import EncoderDecoder
 from twohop.models.moe import MoELayer
 from twohop.models.transformer import Transformer
+from twohop.models.vision import VisionTransformer
 
-MODELS: dict[ModelKind, type] = {ModelKind.decoder: Transformer}
+MODELS: dict[ModelKind, type] = {
+    ModelKind.decoder: Transformer,
+    ModelKind.encoder_decoder: EncoderDecoder,
+    ModelKind.vit: VisionTransformer,
+}
 MakeDispatcher = Callable[[int, int], TokenDispatcher]
 
 
@@ -57,5 +63,5 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     for _, layer in model.moe_layers():
         num_experts = layer.dispatcher.num_experts
         expert_size = sum(parameter.numel() for parameter in layer.experts.parameters()) // num_experts
-        idle += (num_experts - config.moe.router.top_k) * expert_size
+        idle += (num_experts - layer.config.router.top_k) * expert_size
     return ParameterCounts(total, total - idle)

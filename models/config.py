@@ -29,6 +29,18 @@ class CapacityRounding(Enum):
     tutel = "tutel"
 
 
+class CapacityPolicy(Enum):
+    """How the capacity factor C is found while training: given, or by each layer's measured load.
+
+    `dynamic`: the smallest that drops nothing (Tutel; DynaMoE, Kossmann 2022). `schedule`: a margin above the moving
+    average of what would have dropped nothing.
+    """
+
+    static = "static"
+    dynamic = "dynamic"
+    schedule = "schedule"
+
+
 class Residual(Enum):
     """PR-MoE's residual branch: how the dense MLP and the routed expert are added (Rajbhandari 2022)."""
 
@@ -53,10 +65,11 @@ class BalanceOver(Enum):
 
 
 class ModelKind(Enum):
-    """`decoder`: a causal language model. `encoder_decoder`: from one sequence to another."""
+    """`decoder`: a causal language model. `encoder_decoder`: from one sequence to another. `vit`: classes of images."""
 
     decoder = "decoder"
     encoder_decoder = "encoder_decoder"
+    vit = "vit"
 
 
 def _require(holds: bool, message: str) -> None:
@@ -106,6 +119,33 @@ class RouterConfig:
 
 
 @dataclass
+class AssignmentCacheConfig:
+    """Training with a micro-batch's earlier assignments instead of the router (DynaMoE, Kossmann 2022).
+
+    Needs batches that come again: data.order=batches.
+    """
+
+    enabled: bool = False
+    trigger: float = 0.9  # a layer uses its cache while the moving average of repeated assignments is at least this
+    check_every: int = 10  # steps; a layer that uses its cache routes live in each of these, to see what still repeats
+    max_plans: int | None = None  # kept by a layer on each rank, up to the end of a step; null: one a micro-batch
+
+    def __post_init__(self) -> None:
+        key = "model.moe.cache"
+        _require(0 < self.trigger <= 1, f"{key}.trigger={self.trigger}: use a fraction above 0, at most 1")
+        _require(self.check_every >= 2, f"{key}.check_every={self.check_every}: use 2 steps or more")
+        _require(
+            self.max_plans is None or self.max_plans >= 1, f"{key}.max_plans={self.max_plans}: use 1 or more, or null"
+        )
+        for name in ("trigger", "check_every", "max_plans"):
+            value = getattr(self, name)
+            _require(
+                self.enabled or value == getattr(AssignmentCacheConfig, name),
+                f"{key}.{name}={value} has no use with {key}.enabled=false: enable it or leave it out",
+            )
+
+
+@dataclass
 class MoEConfig:
     """The Mixture-of-Experts layers of a model. `experts=[]` makes the model dense."""
 
@@ -113,22 +153,29 @@ class MoEConfig:
     # "pyramid(32, 64, last=2)", which the `ModelConfig` around makes a list, since it knows the number of layers.
     experts: Any = field(default_factory=list)
     every: int = 2  # the blocks every, 2·every, … (counted from 1) are MoE blocks
+    last: int | None = None  # only the last so many of these (V-MoE's last-n, Riquelme 2021); null: all
     ffn_dim: int | None = None  # hidden width of an expert; null: the model's ffn_dim
     shared_ffn_dim: int = 0  # hidden width of the shared expert that sees every token; 0: none
     residual: Residual = Residual.none
-    capacity_factor: float | None = None  # C while training; null: dropless
+    capacity_policy: CapacityPolicy = CapacityPolicy.static
+    capacity_factor: float | None = None  # static: C while training; null: dropless
+    capacity_bound: float | None = None  # dynamic, schedule: the most that C may be; null: no bound
+    capacity_margin: float = 1.1  # schedule: C ÷ the moving average of what would have dropped nothing
     eval_capacity_factor: float | None = None  # C at evaluation; null: dropless
     capacity_rounding: CapacityRounding = CapacityRounding.ceil
     min_capacity: int = 4
     batch_priority: BatchPriority = BatchPriority.off
     allow_non_causal: bool = False  # train a causal decoder with routes that depend on later tokens
     router: RouterConfig = field(default_factory=RouterConfig)
+    cache: AssignmentCacheConfig = field(default_factory=AssignmentCacheConfig)
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"model.moe.every={self.every}: use 1 for every block, 2 for every second")
+        _require(self.last is None or self.last >= 1, f"model.moe.last={self.last}: use 1 or more, or null for all")
         _require(self.shared_ffn_dim >= 0, f"model.moe.shared_ffn_dim={self.shared_ffn_dim}: use 0 for none")
         _require(self.min_capacity >= 0, f"model.moe.min_capacity={self.min_capacity}: use 0 or more")
-        for key in ("capacity_factor", "eval_capacity_factor"):
+        self._check_capacity_policy()
+        for key in ("capacity_factor", "eval_capacity_factor", "capacity_bound"):
             value = getattr(self, key)
             _require(
                 value is None or value > 0,
@@ -137,6 +184,29 @@ class MoEConfig:
         if not isinstance(self.experts, str):
             self.experts = expert_counts(self.experts)
             self._check_experts()
+
+    def _check_capacity_policy(self) -> None:
+        policy = self.capacity_policy
+        has_use = {
+            "capacity_factor": policy is CapacityPolicy.static,
+            "capacity_bound": policy is not CapacityPolicy.static,
+            "capacity_margin": policy is CapacityPolicy.schedule,
+        }
+        for key, used in has_use.items():
+            value, default = getattr(self, key), getattr(MoEConfig, key)
+            _require(
+                used or value == default,
+                f"model.moe.{key}={value} has no use with capacity_policy={policy.value}: set it to "
+                f"{'null' if default is None else default}, or use another policy",
+            )
+        _require(
+            self.capacity_margin > 0, f"model.moe.capacity_margin={self.capacity_margin}: use a positive factor"
+        )
+        _require(
+            policy is not CapacityPolicy.schedule or self.capacity_rounding is CapacityRounding.ceil,
+            f"model.moe.capacity_rounding={self.capacity_rounding.value} has no use with capacity_policy=schedule, "
+            "which rounds up: leave it out",
+        )
 
     def _check_experts(self) -> None:
         _require(
@@ -159,6 +229,29 @@ class EncoderConfig:
     num_layers: int = 4
     ffn_dims: list[int] = field(default_factory=list)  # see `ModelConfig`
     moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+@dataclass
+class VisionConfig:
+    """What a ViT sees: square images, cut into square patches, which are its tokens."""
+
+    image_size: int = 8  # pixels of height and width
+    patch_size: int = 2
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("image_size", "patch_size", "channels"):
+            value = getattr(self, key)
+            _require(value >= 1, f"model.vision.{key}={value}: use a positive number")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"model.vision.patch_size={self.patch_size} does not divide image_size={self.image_size}: change one",
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass
@@ -185,6 +278,7 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     encoder: EncoderConfig | None = None  # of kind=encoder_decoder
+    vision: VisionConfig | None = None  # of kind=vit
 
     def __post_init__(self) -> None:
         for key in ("max_seq_len", "dim", "num_layers", "num_heads", "ffn_dim"):
@@ -200,7 +294,12 @@ class ModelConfig:
             self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",
         )
-        wanted = self.num_layers // self.moe.every
+        wanted = len(self._moe_blocks)
+        _require(
+            self.moe.last in (None, wanted),
+            f"model.moe.last={self.moe.last}: model.num_layers={self.num_layers} with model.moe.every={self.moe.every} "
+            f"has only {wanted} such blocks: lower last, or use null for all",
+        )
         self.moe = replace(self.moe, experts=expert_counts(self.moe.experts, wanted))
         given = len(self.moe.experts)
         _require(
@@ -219,6 +318,23 @@ class ModelConfig:
         )
         if is_pair:
             self._settle_encoder()
+        self._settle_vision()
+
+    def _settle_vision(self) -> None:
+        is_vit = self.kind is ModelKind.vit
+        _require(
+            is_vit or self.vision is None,
+            f"model.vision has no use with model.kind={self.kind.value}: add model.kind=vit",
+        )
+        if not is_vit:
+            return
+        self.vision = self.vision or VisionConfig()
+        for key in fields(self):
+            value = getattr(self, key.name)
+            _require(
+                key.name not in ("num_tasks", "max_seq_len", "rope_theta", "tie_embeddings") or value == key.default,
+                f"model.{key.name}={value} has no use with model.kind=vit: leave it out",
+            )
 
     def _settle_encoder(self) -> None:
         """Check the encoder as a stack of its own, and keep its expert counts as the list that this makes of them."""
@@ -247,10 +363,15 @@ class ModelConfig:
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def _moe_blocks(self) -> range:
+        blocks = range(self.moe.every - 1, self.num_layers, self.moe.every)
+        return blocks if self.moe.last is None else blocks[-self.moe.last :]
+
+    @property
     def experts_by_block(self) -> list[int]:
         """Number of experts of every block, in order; 0 for a dense block."""
         counts = [0] * self.num_layers
-        blocks = range(self.moe.every - 1, self.num_layers, self.moe.every)
+        blocks = self._moe_blocks
         if self.moe.experts:
             per_layer = self.moe.experts * len(blocks) if len(self.moe.experts) == 1 else self.moe.experts
             for block, experts in zip(blocks, per_layer, strict=True):

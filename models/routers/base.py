@@ -33,14 +33,28 @@ class TokenInfo(NamedTuple):
     num_sequences: int  # B; the N tokens stand sequence by sequence
     token_BT: Tensor | None = None  # int64 ids in the vocabulary
     task_B: Tensor | None = None  # int64, the task of each sequence
-    sample_B: Tensor | None = None  # int64, the number of each sequence in the data set
+    sample_B: Tensor | None = None  # int64 on the host, the number of each sequence in the data set
     length_B: Tensor | None = None  # int64, tokens of each sequence, N in all: padding is left out; None: all alike
     sentence_BD: Tensor | None = None  # what speaks for a sequence whose later tokens are not known; None: its tokens
+
+    def samples(self) -> tuple[int, ...]:
+        """The numbers of the sequences. Raises ValueError if the data does not number them."""
+        if self.sample_B is None:
+            raise ValueError("model.moe.cache.enabled=true: the data does not number its samples: give sample_B, or disable it")
+        return tuple(self.sample_B.tolist())
 
     def for_each_token(self, value_B: Tensor, num_tokens: int) -> Tensor:
         """[B, …] → [N, …]: of each token, the value of its sequence."""
         lengths = num_tokens // self.num_sequences if self.length_B is None else self.length_B
         return value_B.repeat_interleave(lengths, 0, output_size=num_tokens)  # type: ignore[call-overload]
+
+    def mean(self, x_NX: Tensor) -> Tensor:
+        """[N, …] → [B, …]: the mean over each sequence's tokens."""
+        if self.length_B is None:
+            return x_NX.unflatten(0, (self.num_sequences, -1)).mean(1)
+        sequence_N = self.for_each_token(torch.arange(self.num_sequences, device=x_NX.device), len(x_NX))
+        total_BX = x_NX.new_zeros(self.num_sequences, *x_NX.shape[1:]).index_add(0, sequence_N, x_NX)
+        return total_BX / self.length_B.view(-1, *[1] * (x_NX.dim() - 1))
 
 
 class Router(nn.Module):

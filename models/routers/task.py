@@ -32,20 +32,18 @@ class TaskRouter(SoftmaxTopKRouter):
                 "model.moe.router.name=task: this model or its data knows no tasks; use softmax_topk or sentence"
             )
         is_task_BS = F.one_hot(about.task_B, self.num_tasks).to(self.gate.weight.dtype)
-        return self.choose(_repeat(self.gate(is_task_BS), x_ND), about)
+        return self.choose(about.for_each_token(self.gate(is_task_BS), len(x_ND)), about)
 
 
 class SentenceRouter(SoftmaxTopKRouter):
-    """softmax top-k of the mean state of a sequence: each of its tokens depends on all the others."""
+    """softmax top-k of the mean state of a sequence: each of its tokens depends on all the others.
+
+    A decoder of translations, whose own later tokens are not known, goes by the mean state of the source instead.
+    """
 
     causal = False
 
     def forward(self, x_ND: Tensor, about: TokenInfo) -> Routing:
         """Routes each sequence as a whole."""
-        mean_BD = x_ND.unflatten(0, (about.num_sequences, -1)).mean(1)
-        return self.choose(_repeat(self.gate(mean_BD), x_ND), about)
-
-
-def _repeat(logits_BE: Tensor, x_ND: Tensor) -> Tensor:
-    """A sequence's logits for each of its tokens: [B, E] → [N, E]."""
-    return logits_BE.repeat_interleave(len(x_ND) // max(1, len(logits_BE)), 0)
+        mean_BD = about.sentence_BD if about.sentence_BD is not None else about.mean(x_ND)
+        return self.choose(about.for_each_token(self.gate(mean_BD), len(x_ND)), about)

@@ -102,7 +102,7 @@ class TaskPairs:
         """See `Samples`. Sources and targets are as wide as the longest of the batch.
 
         `ids_BT` is the target shifted by one place, behind the token that ends a document. Padding is that token too,
-        hidden by `source_length_B` and by targets that are IGNORED.
+        hidden by the lengths and by targets that are IGNORED.
         """
         pairs = self.pair_of_sample[list(numbers)]
         sources, targets = [self.sources[p] for p in pairs], [self.targets[p] for p in pairs]
@@ -116,6 +116,7 @@ class TaskPairs:
             "source_BS": torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=self.end),
             "source_length_B": torch.tensor([len(source) for source in sources]),
             "ids_BT": ids_BT,
+            "length_B": torch.tensor([len(target) for target in targets]),
             "task_B": torch.from_numpy(self.task_of_pair[pairs]),
             "sample_B": torch.from_numpy(pairs),
         }
@@ -133,7 +134,7 @@ class TaskPairs:
 
 
 def spread(pairs_by_task: Sequence[int], temperature: float) -> np.ndarray:
-    """The pair of every sample of an epoch, int64; any stretch holds the tasks in their proportions: see `TaskPairs`."""
+    """The pair of every sample of an epoch, int64; any stretch holds the tasks as the whole does: see `TaskPairs`."""
     most = max(pairs_by_task)
     pair, place, first = [], [], 0
     for count in pairs_by_task:
