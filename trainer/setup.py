@@ -1,6 +1,7 @@
 """From a `Config` to everything that a worker needs: topology, data, model, engine."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from twohop.trainer.errors import ConfigError
 from twohop.trainer.objective import Objective
 from twohop.trainer.run_folder import CHECKPOINTS
 from twohop.trainer.state import model_tensors
-from twohop.trainer.world import leader_first, say
+from twohop.trainer.world import leader_first, say, sum_over_world
 
 COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder
 
@@ -86,7 +87,9 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         DataError: the data cannot be read.
     """
     data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
-    config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config, data)))
+    sizes = {"vocab_size": _vocab_size(config, data), "num_tasks": _num_tasks(config, data)}
+    config = replace(config, model=replace(config.model, **sizes))
+    _check_images(config, data)
     meter = TrafficMeter()
     try:
         topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
@@ -108,6 +111,8 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         )
 
     model = build_model(config.model, dispatchers("MoE layer", config.comm, config.model), device)
+    for _, layer in model.moe_layers():
+        layer.router.sum_over_ranks = partial(sum_over_world, what="loads of experts")
     teacher = None
     if config.distill.teacher is not None:
         taught_by = teacher_config(config)
@@ -144,7 +149,8 @@ def _auto_options(config: Config, topology: Topology, directory: Path) -> AutoOp
         model = fit_cost_model(topology)
         if topology.rank == 0:
             model.save(directory / COSTS)
-    tokens = config.train.micro_batch * config.train.seq_len
+    vision = config.model.vision
+    tokens = config.train.micro_batch * (config.train.seq_len if vision is None else vision.num_patches)
     return AutoOptions(model, tokens, between_wires=tuple(config.comm.auto_wires))
 
 
@@ -158,6 +164,24 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         return [(prefix, value)]
     return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}", inner)]
+
+
+def _check_images(config: Config, data: Data) -> None:
+    vision = config.model.vision
+    if vision is not None and data.image_shape != (vision.channels, vision.image_size, vision.image_size):
+        channels, height, width = data.image_shape or ()
+        raise ConfigError(
+            f"model.vision.image_size={vision.image_size} with channels={vision.channels} does not fit the images of "
+            f"data.source={config.data.source}: they are {height}×{width} with {channels} channels"
+        )
+
+
+def _num_tasks(config: Config, data: Data) -> int | None:
+    wanted = len(data.tasks)
+    size = config.model.num_tasks or wanted or None
+    if size is not None and size < wanted:
+        raise ConfigError(f"model.num_tasks={size} is less than the {wanted} tasks of the data: raise it, or use null")
+    return size
 
 
 def _vocab_size(config: Config, data: Data) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 
 from twohop.trainer.app import run_app
-from twohop.trainer.config import Config, DistillConfig
+from twohop.trainer.config import Config, DistillConfig, InitConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.launch import start, world_size
 from twohop.trainer.run_folder import read_config
@@ -28,8 +28,9 @@ def run_stored(command: str, args: list[str], worker: str) -> int:
     ConfigStore.instance().store(name="stored_run", node=stored, provider="twohop")
 
     def task(config: Config, sweep_dir: Path | None) -> float | None:
+        config.init = InitConfig()  # its weights are in the checkpoint
         config.distill = DistillConfig()  # a teacher teaches in training alone, and may be gone by now
-        validate(config, world_size(config.launch))
+        validate(config, world_size(config.launch), training=False)
         return start(worker, config, run_dir).get("valid_loss")
 
     return run_app(command, Config, overrides, task)

@@ -12,10 +12,12 @@ import torch
 from twohop.comm import CostModel
 from twohop.comm.routes import ROUTES
 from twohop.comm.wire import FORMATS
+from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
-from twohop.trainer.config import CommConfig, Config, DataConfig
+from twohop.trainer.config import CommConfig, Config, DataConfig, TrainConfig
 from twohop.trainer.data.build import CORPORA
+from twohop.trainer.data.images import IMAGES
 from twohop.trainer.data.multitask import TASKS
 from twohop.trainer.distill import teacher_config
 from twohop.trainer.engines import ENGINES
@@ -25,34 +27,63 @@ from twohop.trainer.optim import OPTIMIZERS
 from twohop.trainer.trackers import TRACKERS
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Raise a ConfigError unless `config` can run on `world_size` ranks, on this machine if it starts them itself."""
+def validate(config: Config, world_size: int, training: bool = True) -> None:
+    """Raise a ConfigError unless `config` can run on `world_size` ranks, on this machine if it starts them itself.
+
+    What only training needs is asked for if `training`.
+    """
     _check_comm(config.comm)
     _check_name("engine.name", config.engine.name, ENGINES)
     _check_name("optim.name", config.optim.name, OPTIMIZERS)
     _check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
+    if training:
+        _check_causal(config.model)
     check_data(config.data)
+    _check_kind(config)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
     if config.distill.teacher is not None:
         teacher_config(config)
+    if config.eval.exit_confidence is not None and config.model.kind is not ModelKind.decoder:
+        raise ConfigError(
+            f"eval.exit_confidence={config.eval.exit_confidence} has no use with "
+            f"model.kind={config.model.kind.value}: only the tokens of a decoder leave early; leave it out"
+        )
     if not joins_outer_launcher():
         check_port(config.launch.port)
 
 
 def check_data(config: DataConfig) -> None:
     """Raise a ConfigError unless source and files fit together."""
-    _check_name("data.source", config.source, [*CORPORA, "tokens", "multitask"])
+    _check_name("data.source", config.source, [*CORPORA, "tokens", "multitask", *IMAGES])
     if config.multitask is not None:
         for name in config.multitask.tasks:
             _check_name("data.multitask.tasks", name, TASKS)
         return  # its text is that of data.files, or the standard library's
+    if config.source in IMAGES:
+        for key in ("files", "tokenizer", "max_mib"):
+            value = getattr(config, key)
+            if value != getattr(DataConfig(), key):
+                raise ConfigError(f"data.{key}={value} has no use with data={config.source}: leave it out")
+        return
     if config.source == "stdlib" and config.files:
         raise ConfigError(f"data.files={config.files} has no use with data=stdlib: add data=text or data=tokens")
     if config.source != "stdlib" and not config.files:
         wanted = "a file, folder or glob" if config.source == "text" else "the folder that `twohop prepare` has written"
         raise ConfigError(f"data.files is not set: data={config.source} needs {wanted}, as in data.files=PATH")
+
+
+def _check_kind(config: Config) -> None:
+    """Images need a ViT and pairs an encoder-decoder; all else is for decoders."""
+    kind, source = config.model.kind, config.data.source
+    special = dict.fromkeys(IMAGES, ModelKind.vit) | {"multitask": ModelKind.encoder_decoder}
+    wanted = special.get(source, ModelKind.decoder)
+    if kind is not wanted:
+        cures = {ModelKind.vit: "add model=vmoe", ModelKind.encoder_decoder: "add model=task_moe"}
+        fitting = next((name for name, other in special.items() if other is kind), "stdlib")
+        cure = cures.get(wanted, f"add data={fitting}")
+        raise ConfigError(f"model.kind={kind.value} cannot learn from data.source={source}: {cure}")
 
 
 def _check_name(key: str, name: str, known: Iterable[str]) -> None:
@@ -77,20 +108,42 @@ def _check_comm(comm: CommConfig) -> None:
 
 
 def _check_router(config: Config) -> None:
-    router = config.model.moe.router
-    _check_name("model.moe.router.name", router.name, ROUTERS)
-    try:
-        with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
-            for experts in set(config.model.experts_by_layer):
-                # The vocabulary is known once the data is there; text has one.
-                build_router(router, config.model.dim, experts, config.model.vocab_size or 1, config.model.num_tasks)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    model, tasks = config.model, config.data.multitask.tasks if config.data.multitask else []
+    for side in (model, *([model.encoder_stack] if model.encoder else [])):
+        _check_name("model.moe.router.name", side.moe.router.name, ROUTERS)
+        try:
+            with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
+                for experts in set(side.experts_by_layer):
+                    # The vocabulary is known once the data is there; text has one.
+                    num_tasks = model.num_tasks or len(tasks) or None
+                    build_router(side.moe.router, model.dim, experts, model.vocab_size or 1, num_tasks)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _check_causal(model: ModelConfig) -> None:
+    """Routes that look ahead tell a decoder what it is to predict: fine to look at, a trap to train with."""
+    moe = model.moe
+    router = ROUTERS[moe.router.name]
+    if moe.allow_non_causal or not model.experts_by_layer or model.kind is not ModelKind.decoder:
+        return
+    reasons = {f"model.moe.router.name={moe.router.name}": router.looks_ahead}
+    if moe.capacity_factor is not None and moe.batch_priority is not BatchPriority.off:
+        reasons[f"model.moe.batch_priority={moe.batch_priority.value}"] = "tokens are ranked across the micro-batch"
+    for key, reason in reasons.items():
+        if reason:
+            raise ConfigError(
+                f"{key}: {reason}, so routes tell of later tokens, which a causal decoder is to predict, and a model "
+                "trained so is worse when it writes than its loss says; keep it for evaluation, or train all the same "
+                "with model.moe.allow_non_causal=true"
+            )
 
 
 def _check_lengths(config: Config, world_size: int) -> None:
     train, model = config.train, config.model
-    if train.seq_len > model.max_seq_len:
+    if model.vision is not None and train.seq_len != TrainConfig().seq_len:
+        raise ConfigError(f"train.seq_len={train.seq_len} has no use with model.kind=vit: leave it out")
+    if model.vision is None and train.seq_len > model.max_seq_len:
         raise ConfigError(
             f"train.seq_len={train.seq_len} is longer than model.max_seq_len={model.max_seq_len}: "
             "lower the one or raise the other"

@@ -6,8 +6,11 @@ from typing import Any
 
 from twohop.models.config import RouterConfig
 from twohop.models.routers.base import Router, Routing, TokenInfo
+from twohop.models.routers.expert_choice import ExpertChoiceRouter
+from twohop.models.routers.hash import HashRouter
 from twohop.models.routers.noisy import NoisyRouter
 from twohop.models.routers.sigmoid import SigmoidRouter
+from twohop.models.routers.sinkhorn import SinkhornRouter
 from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
 from twohop.models.routers.switch import SwitchRouter
 from twohop.models.routers.task import SentenceRouter, TaskRouter
@@ -21,6 +24,9 @@ ROUTERS: dict[str, type[Router]] = {
     "switch": SwitchRouter,
     "noisy": NoisyRouter,
     "sigmoid": SigmoidRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sinkhorn": SinkhornRouter,
+    "hash": HashRouter,
     "task": TaskRouter,
     "sentence": SentenceRouter,
 }

@@ -63,7 +63,7 @@ class Router(nn.Module):
     `build_router` refuses whatever is set in `RouterConfig` beyond `name`, `top_k` and a class's `options`.
     """
 
-    causal = True  # in training, a token's route depends on no later token of its sequence and on no other sequence
+    looks_ahead = ""  # why, in training, a token's route depends on later tokens; empty: it does not
     options: frozenset[str] = frozenset()  # the fields of `RouterConfig` that this router has
     sizes: tuple[str, ...] = ()  # what its constructor takes beside: "vocab_size", "num_tasks"
 
@@ -94,7 +94,7 @@ class Router(nn.Module):
         """
         load_E = count_assignments(ids_NK, self.num_experts)
         counted_E = self._count_globally(load_E) if self._counts_globally else load_E
-        scores = Scores(logits_NE, probs_NE, ids_NK, counted_E, about.num_sequences, **noise)
+        scores = Scores(logits_NE, probs_NE, ids_NK, counted_E, about, **noise)
         return Routing(ids_NK, weights_NK, weighted_losses(self.config, self.options, scores), load_E)
 
     @property

@@ -5,12 +5,15 @@ Shapes: B sequences, T positions, N = B·T tokens of the micro-batch, E experts 
 """
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twohop.models.config import RouterConfig
+
+if TYPE_CHECKING:
+    from twohop.models.routers.base import TokenInfo
 
 
 class Scores(NamedTuple):
@@ -20,7 +23,7 @@ class Scores(NamedTuple):
     probs_NE: Tensor  # in [0, 1]; they sum to 1 over the experts
     ids_NK: Tensor  # int64, the chosen experts
     load_E: Tensor  # int64, assignments of each expert, over what `load_balance_over` says
-    num_sequences: int
+    about: "TokenInfo"
     noisy_NE: Tensor | None = None  # the logits by which experts were chosen, of a router that adds noise
     noise_std: float = 0.0  # of noisy_NE around logits_NE
 
@@ -37,7 +40,7 @@ def load_balance_loss(probs_NE: Tensor, load_E: Tensor) -> Tensor:
     return num_experts * (fraction_E * mean_prob_E).sum()
 
 
-def sequence_loss(probs_NE: Tensor, ids_NK: Tensor, num_sequences: int) -> Tensor:
+def sequence_loss(probs_NE: Tensor, ids_NK: Tensor, about: "TokenInfo") -> Tensor:
     """`load_balance_loss` of each sequence by itself, averaged over the sequences (DeepSeek-AI 2024, DeepSeek-V3).
 
     f counts the experts that were chosen, bias and groups included.
@@ -46,9 +49,8 @@ def sequence_loss(probs_NE: Tensor, ids_NK: Tensor, num_sequences: int) -> Tenso
     if num_tokens == 0:
         return probs_NE.sum()
     chosen_NE = torch.zeros_like(probs_NE).scatter_(1, ids_NK, 1.0)
-    fraction_BE = chosen_NE.view(num_sequences, -1, num_experts).mean(1) / ids_NK.shape[1]
-    mean_prob_BE = probs_NE.view(num_sequences, -1, num_experts).mean(1)
-    return num_experts * (fraction_BE * mean_prob_BE).sum(-1).mean()
+    fraction_BE = about.mean(chosen_NE) / ids_NK.shape[1]
+    return num_experts * (fraction_BE * about.mean(probs_NE)).sum(-1).mean()
 
 
 def z_loss(logits_NE: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def _load(scores: Scores) -> Tensor:
 
 LOSSES: dict[str, Callable[[Scores], Tensor]] = {
     "load_balance": lambda scores: load_balance_loss(scores.probs_NE, scores.load_E),
-    "sequence": lambda scores: sequence_loss(scores.probs_NE, scores.ids_NK, scores.num_sequences),
+    "sequence": lambda scores: sequence_loss(scores.probs_NE, scores.ids_NK, scores.about),
     "z": lambda scores: z_loss(scores.logits_NE),
     "importance": lambda scores: importance_loss(scores.logits_NE),
     "load": _load,

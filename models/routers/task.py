@@ -41,7 +41,7 @@ class SentenceRouter(SoftmaxTopKRouter):
     A decoder of translations, whose own later tokens are not known, goes by the mean state of the source instead.
     """
 
-    causal = False
+    looks_ahead = "the gate sees the mean of the whole sequence"
 
     def forward(self, x_ND: Tensor, about: TokenInfo) -> Routing:
         """Routes each sequence as a whole."""
