@@ -40,7 +40,9 @@ class TokenInfo(NamedTuple):
     def samples(self) -> tuple[int, ...]:
         """The numbers of the sequences. Raises ValueError if the data does not number them."""
         if self.sample_B is None:
-            raise ValueError("model.moe.cache.enabled=true: the data does not number its samples: give sample_B, or disable it")
+            raise ValueError(
+                "model.moe.cache.enabled=true: the data does not number its samples: give sample_B, or disable it"
+            )
         return tuple(self.sample_B.tolist())
 
     def for_each_token(self, value_B: Tensor, num_tokens: int) -> Tensor:

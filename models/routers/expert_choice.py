@@ -33,7 +33,7 @@ class ExpertChoiceRouter(Router):
         tokens_nE = probs_NE.topk(taken, 0).indices
         is_chosen_NE = torch.zeros_like(probs_NE, dtype=torch.bool).scatter_(0, tokens_nE, True)
         # A probability of 0 may be chosen as well, so what is not chosen stands behind it.
-        ids_NE = probs_NE.masked_fill(~is_chosen_NE, -1).argsort(-1, descending=True, stable=True)
+        ids_NE = probs_NE.masked_fill(~is_chosen_NE, -1).argsort(dim=-1, descending=True, stable=True)
         is_chosen_NE = is_chosen_NE.gather(1, ids_NE)
         weights_NE = probs_NE.gather(1, ids_NE).masked_fill(~is_chosen_NE, 0)
         return self.routing(about, ids_NE.masked_fill(~is_chosen_NE, -1), weights_NE, logits_NE, probs_NE)
