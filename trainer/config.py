@@ -149,13 +149,13 @@ class MultitaskConfig:
 
 @dataclass
 class DataConfig:
-    """Where the text comes from. `source`: stdlib, text or tokens; or multitask, over the text of stdlib or `files`."""
+    """Where samples come from. `source`: stdlib, text or tokens; multitask, over the text of stdlib or `files`; digits."""
 
     source: str = "stdlib"
     files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     order: DataOrder = DataOrder.samples  # batches: the samples that fill no last global batch are never used
-    valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file)
+    valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file), or of the images
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
     multitask: MultitaskConfig | None = None
@@ -283,9 +283,14 @@ class EvalConfig:
 
     every: int = 100  # steps; 0: only at the end
     batches: int = 8  # global batches an evaluation; 0: the whole validation split
+    exit_confidence: float | None = None  # a token leaves after the block where the head is surer than this; null: none
 
     def __post_init__(self) -> None:
         _require_at_least(0, "eval", self, "every", "batches")
+        _require(
+            self.exit_confidence is None or 0 <= self.exit_confidence < 1,
+            f"eval.exit_confidence={self.exit_confidence}: use a probability in [0, 1), or null for the whole model",
+        )
 
 
 @dataclass
@@ -293,6 +298,7 @@ class GenerateConfig:
     """Sampling of text."""
 
     prompt: str = "def "
+    task: str | None = None  # of an encoder-decoder: what to make of the prompt; it takes the most probable tokens
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = 50
@@ -355,6 +361,20 @@ class RunConfig:
 
 
 @dataclass
+class InitConfig:
+    """Where the first weights come from; both null: random ones of the seed."""
+
+    from_hf: str | None = None  # a folder that transformers' save_pretrained has written
+    upcycle_from: str | None = None  # a dense run, or such a folder of a dense model: its MLP becomes every expert
+
+    def __post_init__(self) -> None:
+        _require(
+            self.from_hf is None or self.upcycle_from is None,
+            f"init.from_hf={self.from_hf} and init.upcycle_from={self.upcycle_from}: weights come from one of them",
+        )
+
+
+@dataclass
 class Config:
     """Everything `twohop train` needs."""
 
@@ -372,6 +392,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     resume: str | None = None  # null | auto | a run folder
     seed: int = 0
 

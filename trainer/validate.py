@@ -125,9 +125,11 @@ def _check_causal(model: ModelConfig) -> None:
     """Routes that look ahead tell a decoder what it is to predict: fine to look at, a trap to train with."""
     moe = model.moe
     router = ROUTERS[moe.router.name]
-    if moe.allow_non_causal or not model.experts_by_layer or model.kind is not ModelKind.decoder:
+    if moe.allow_non_causal or not any(model.experts_by_block) or model.kind is ModelKind.vit:
         return
-    reasons = {f"model.moe.router.name={moe.router.name}": router.looks_ahead}
+    # The sentence router of an encoder-decoder's decoder looks at the source.
+    looks_ahead = "" if model.encoder is not None and moe.router.name == "sentence" else router.looks_ahead
+    reasons = {f"model.moe.router.name={moe.router.name}": looks_ahead}
     if moe.capacity_factor is not None and moe.batch_priority is not BatchPriority.off:
         reasons[f"model.moe.batch_priority={moe.batch_priority.value}"] = "tokens are ranked across the micro-batch"
     for key, reason in reasons.items():

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from twohop.models import init_weights
 from twohop.trainer.checkpoint import load_tensors
 from twohop.trainer.config import Config
 from twohop.trainer.errors import CheckpointError, UserError
+from twohop.trainer.evaluate import Evaluation
 from twohop.trainer.evaluate import evaluate as evaluate_model
-from twohop.trainer.evaluate import perplexity
-from twohop.trainer.generate import fit_to_context, generate_text
+from twohop.trainer.generate import generate_text, sample_text
+from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train as train_model
 from twohop.trainer.metrics import MetricsWriter, read_metrics, write_summary
 from twohop.trainer.plots import format_bytes
@@ -41,13 +41,13 @@ def train(config: Config, directory: Path | None) -> dict[str, Any]:
         say(run.describe())
         writer = _open_metrics(run, first_step, tracker_id) if rank() == 0 else None
         with writer or nullcontext():
-            with Progress(config.train.steps, rank() == 0, first_step) as progress:
-                valid_loss = train_model(run, first_step, tracker_id, writer, progress)
+            with Progress(config.train.steps, rank() == 0, first_step, unit=run.data.unit) as progress:
+                valid = train_model(run, first_step, tracker_id, writer, progress)
                 progress.print("")
-            sample = generate_text(run, fit_to_context(run, config.generate))
+            sample = sample_text(run)
             if writer is None:
                 return {}
-            summary = _summary(run, valid_loss, sample)
+            summary = _summary(run, valid, sample)
             write_summary(run.directory, summary)
             writer.close(summary)
         _tell(run, summary, write_report(run.directory))
@@ -55,13 +55,13 @@ def train(config: Config, directory: Path | None) -> dict[str, Any]:
 
 
 def evaluate(config: Config, directory: Path) -> dict[str, Any]:
-    """Validation loss of a run's newest checkpoint, printed by rank 0."""
+    """Validation loss and accuracy of a run's newest checkpoint, printed by rank 0."""
     with _world(config) as device:
         run = set_up(config, directory, device)
         step = _load_model(run)
-        valid_loss = evaluate_model(run)
-        say(f"step {step}: validation loss {valid_loss:.4f} nats per token, perplexity {perplexity(valid_loss):.2f}")
-        return {"step": step, "valid_loss": valid_loss, "valid_perplexity": perplexity(valid_loss)}
+        record = evaluate_model(run).record()
+        say(f"step {step}: validation loss {_in_words(record, run.data.unit)}")
+        return {"step": step, **record}
 
 
 def generate(config: Config, directory: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _open_run(config: Config, directory: Path | None) -> Path:
 
 
 def _start_fresh(run: Run) -> tuple[int, str]:
-    init_weights(run.model, run.config.seed)
+    start_weights(run)
     return 0, gather_objects(uuid.uuid4().hex[:8])[0]
 
 
@@ -130,7 +130,14 @@ def _open_metrics(run: Run, first_step: int, tracker_id: str) -> MetricsWriter:
     return MetricsWriter(run.directory, trackers, first_step if run.config.resume else None)
 
 
-def _summary(run: Run, valid_loss: float, sample: str) -> dict[str, Any]:
+def _in_words(record: dict[str, Any], unit: str) -> str:
+    """An evaluation on one line."""
+    loss, perplexity, accuracy = (record[f"valid_{name}"] for name in ("loss", "perplexity", "accuracy"))
+    depth = f", {record['valid_depth']:.2f} blocks deep" if "valid_depth" in record else ""
+    return f"{loss:.4f} nats per {unit}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}{depth}"
+
+
+def _summary(run: Run, valid: Evaluation, sample: str | None) -> dict[str, Any]:
     """summary.json: where the whole run has come to, also over interruptions."""
     steps = [record for record in read_metrics(run.directory) if record["kind"] == "train"]
     traffic = add_traffic([record["traffic"] for record in steps])
@@ -138,24 +145,24 @@ def _summary(run: Run, valid_loss: float, sample: str) -> dict[str, Any]:
         "steps": run.config.train.steps,
         "targets": sum(record["targets"] for record in steps),
         "train_loss": steps[-1]["loss"],
-        "valid_loss": valid_loss,
-        "valid_perplexity": perplexity(valid_loss),
+        **valid.record(),
         "target_entropy": run.data.valid.target_entropy(),
         "training_seconds": sum(record["step_s"] for record in steps),
         "traffic": {level: add_pairs(phases.values()) for level, phases in traffic.items()},
-        "sample": sample,
+        **({} if sample is None else {"sample": sample}),
     }
 
 
 def _tell(run: Run, summary: dict[str, Any], report: Path) -> None:
     """The end of a run, on rank 0's terminal."""
     lines = [
-        f"validation loss   {summary['valid_loss']:.4f} nats per token, perplexity {summary['valid_perplexity']:.2f}",
+        f"validation loss   {_in_words(summary, run.data.unit)}",
         f"for comparison    {summary['target_entropy']:.4f} nats: the entropy of the targets, without any context",
     ]
     for level, (sent_bytes, messages) in summary["traffic"].items():
         lines.append(f"{level:<18}{format_bytes(sent_bytes)} in {messages:,} messages for experts")
-    lines += [f"sample            {line}" for line in summary["sample"].splitlines()[:1]]
-    lines += [f"                  {line}" for line in summary["sample"].splitlines()[1:]]
+    sample = summary.get("sample", "").splitlines()
+    lines += [f"sample            {line}" for line in sample[:1]]
+    lines += [f"                  {line}" for line in sample[1:]]
     lines += [f"run folder        {run.directory}", f"report            {report}"]
     say("\n".join(lines))

@@ -205,7 +205,7 @@ class _PairMaker:
             before = len(sources)
             for line, result in zip(encoded_lines, results, strict=False):
                 if max(len(line), len(result)) < self.seq_len:  # one token more on either side
-                    sources.append([task_token(self.tokenizer, task), *line])
+                    sources.append([self.tokenizer.vocab_size + task, *line])
                     targets.append([*result, self.tokenizer.end_of_document])
             counts.append(len(sources) - before)
         if 0 in counts:
@@ -216,9 +216,9 @@ class _PairMaker:
         return TaskPairs(Sequences.of(sources), Sequences.of(targets), counts, temperature, self.tokenizer)
 
 
-def task_token(tokenizer: Tokenizer, task: int) -> int:
-    """The id that begins a source of this task: the ids behind the tokenizer's own are the tasks'."""
-    return tokenizer.vocab_size + task
+def encode_source(tokenizer: Tokenizer, task: int, text: str) -> list[int]:
+    """A text as the source of a task, whose token stands first: the ids behind the tokenizer's own are the tasks'."""
+    return [tokenizer.vocab_size + task, *tokenizer.encode(text)]
 
 
 def _lines(documents: Iterable[Document]) -> list[str]:
