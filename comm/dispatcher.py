@@ -139,7 +139,8 @@ class TokenDispatcher:
 
         Args:
             experts: (rows [R, D], rows of each local expert) -> [R, D]; called once for each chunk.
-            beside: work that needs nothing of the experts (a shared expert); runs beside the first hop.
+            beside: work that needs nothing of the experts (a shared expert); runs beside the first hop, before any
+                call of `experts`.
 
         Returns:
             [N, D] as `combine` gives it, and what `beside` returned, or None.

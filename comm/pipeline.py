@@ -220,13 +220,15 @@ def run(
     experts: Experts,
     beside: Callable[[], Any] | None,
 ) -> tuple[torch.Tensor, Any]:
-    """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hop is under way."""
+    """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hops are under way."""
     weights = carry_weights(weights_NK, plan)
     tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
     ways = [_through(*parts, wires, experts) for parts in zip(tokens, weights, plan.chunks, strict=True)]
     done: list[torch.Tensor] = list(tokens)
-    turns = schedule(len(plan.chunks[0].moves), len(plan.chunks))
-    first_hops, rest = turns[: len(ways)], turns[len(ways) :]
+    num_hops = len(plan.chunks[0].moves)
+    turns = schedule(num_hops, len(plan.chunks))
+    starts = len(ways) if num_hops else 0  # without a hop the first stage is already that of the experts
+    first_hops, rest = turns[:starts], turns[starts:]
     for _, chunk in first_hops:
         done[chunk] = next(ways[chunk])
     beside_output = None if beside is None else beside()

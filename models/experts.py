@@ -1,17 +1,16 @@
 """The experts of one rank: many small feed-forward networks over rows that are grouped by expert.
 
-Shapes: R rows, E local experts, D model width, F hidden width, U width of the up projection, I and O of any projection.
+Shapes: R rows, E local experts, D model width, F hidden width, U width of the up projection.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.models.config import Activation
 from twohop.models.feed_forward import activate, up_width
+from twohop.models.grouped import LateWeight, grouped_linear
 
 
 class Experts(nn.Module):
@@ -29,28 +28,29 @@ class Experts(nn.Module):
         Multiplies in autocast's dtype if autocast is on, and returns rows_RD's dtype, so that the sum over a token's
         experts keeps the precision of the residual stream.
         """
-        device = rows_RD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows_RD.dtype
-        h_RU = grouped_linear(rows_RD.to(dtype), self.up.to(dtype), counts_E)
-        y_RD = grouped_linear(activate(h_RU, self.activation), self.down.to(dtype), counts_E)
-        return y_RD.to(rows_RD.dtype)
+        whole = ExpertPass(self, rows_RD)
+        whole.open()
+        return whole(rows_RD, counts_E)
 
 
-def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Sequence[int]) -> Tensor:
-    """Each group of rows times its own matrix: [R, O].
+class ExpertPass:
+    """The experts' work in one pass through a layer, whose rows may come in several calls.
 
-    `grouped_mm` wherever it is defined: it is 2 to 13 % faster than the loop on a CPU, most with many small experts,
-    and one kernel on a GPU. It does not know fp64 and wants rows of 16-byte multiples; the rest goes matrix by matrix.
-    The incoming gradient must be a real [R, O] (`combine` gives one), not an expanded scalar as from `y.sum()`.
+    `open`, to be called once and before the first of them, says when the weights' gradients are due: after those of
+    everything that is computed later (see `LateWeight`).
     """
-    if _grouped_mm_is_defined(x_RI, w_EOI):
-        ends_E = torch.tensor(list(accumulate(counts_E)), dtype=torch.int32, device=x_RI.device)
-        return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
-    groups = x_RI.split(list(counts_E))
-    # unbind, not w[i]: the backward of indexing builds a gradient of full size for every expert.
-    return torch.cat([rows @ w_OI.T for rows, w_OI in zip(groups, w_EOI.unbind(0), strict=True)])
 
+    def __init__(self, experts: Experts, like: Tensor) -> None:
+        device = like.device.type
+        self.experts = experts
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
-def _grouped_mm_is_defined(x_RI: Tensor, w_EOI: Tensor) -> bool:
-    row_bytes = [width * x_RI.element_size() for width in w_EOI.shape[1:]]
-    return x_RI.dtype in (torch.float32, torch.bfloat16) and all(size % 16 == 0 for size in row_bytes)
+    def open(self) -> None:
+        """Get the weights ready."""
+        self.up, self.down = LateWeight(self.experts.up, self.dtype), LateWeight(self.experts.down, self.dtype)
+
+    def __call__(self, rows_RD: Tensor, counts_E: Sequence[int]) -> Tensor:
+        """See `Experts.forward`."""
+        h_RU = grouped_linear(rows_RD.to(self.dtype), self.up, counts_E)
+        y_RD = grouped_linear(activate(h_RU, self.experts.activation), self.down, counts_E)
+        return y_RD.to(rows_RD.dtype)

@@ -5,12 +5,14 @@ Shapes: B sequences, T positions, N = B·T tokens, D model width, E experts of t
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from twohop.comm import TokenDispatcher
-from twohop.models.capacity import drop_overflow, expert_capacity
+from twohop.comm import Planned, TokenDispatcher
+from twohop.models.assignment_cache import AssignmentCache
+from twohop.models.capacity import Capacity
 from twohop.models.config import ModelConfig, Residual
-from twohop.models.experts import Experts
+from twohop.models.experts import ExpertPass, Experts
 from twohop.models.feed_forward import FeedForward
 from twohop.models.routers import Routing, TokenInfo, build_router
 
@@ -21,6 +23,11 @@ class MoEStats(NamedTuple):
     losses: dict[str, Tensor]  # scalars that belong to the training loss, already multiplied by their weights
     load_E: Tensor  # int64, assignments that chose each expert of the whole layer, dropped ones included
     dropped: Tensor  # int64 scalar, assignments dropped by the capacity
+    rows: Tensor  # int64 scalar, rows that a system that pads would allocate for every expert
+    need: Tensor  # fp64 scalar, the capacity factor that would have dropped nothing
+    repeated: Tensor  # int64 scalar, assignments that are as they were when their sample came before
+    compared: Tensor  # int64 scalar, assignments of samples that came before, where they are cached
+    replayed: Tensor  # int64 scalar, 1 if the router was skipped for a cached plan
 
 
 class MoELayer(nn.Module):
@@ -35,7 +42,13 @@ class MoELayer(nn.Module):
         moe, expert_ffn_dim = config.moe, config.moe.ffn_dim or config.ffn_dim
         self.config = moe
         self.dispatcher = dispatcher
-        self.router = build_router(moe.router, config.dim, dispatcher.num_experts)
+        self.router = build_router(
+            moe.router, config.dim, dispatcher.num_experts, config.vocab_size, config.num_tasks
+        )
+        self.capacity = Capacity(moe, dispatcher.num_experts)
+        self.cache: AssignmentCache[MoEStats] | None = None
+        if moe.cache.enabled:
+            self.cache = AssignmentCache(moe.cache, dispatcher.num_experts)
         self.experts = Experts(dispatcher.num_local_experts, config.dim, expert_ffn_dim, config.activation)
         self.shared = FeedForward(config.dim, moe.shared_ffn_dim, config.activation) if moe.shared_ffn_dim else None
         self.residual = ResidualBranch(config) if moe.residual is not Residual.none else None
@@ -43,38 +56,63 @@ class MoELayer(nn.Module):
     def forward(self, x_BTD: Tensor, about: TokenInfo | None = None) -> tuple[Tensor, MoEStats]:
         """[B, T, D] → [B, T, D] and the layer's statistics. Collective over the dispatcher's EP group."""
         x_ND = x_BTD.flatten(0, 1)
-        routing: Routing = self.router(x_ND, about or TokenInfo(len(x_BTD)))
-        ids_NK, weights_NK = self._apply_capacity(routing)
-
-        y_ND, (shared_ND, dense_ND) = self.dispatcher.run(
-            x_ND, ids_NK, weights_NK, self.experts, beside=lambda: self._beside(x_ND)
+        planned, stats = self._plan(x_ND, about or TokenInfo(len(x_BTD)))
+        experts = ExpertPass(self.experts, x_ND)
+        y_ND, (shared_ND, dense_ND) = self.dispatcher.follow(
+            planned, x_ND, experts, beside=lambda: self._beside(x_ND, experts)
         )
         if shared_ND is not None:
             y_ND = y_ND + shared_ND
         if self.residual is not None:
             y_ND = self.residual(x_ND, y_ND, dense_ND)
-        dropped = (ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
-        return y_ND.view_as(x_BTD), MoEStats(routing.losses, routing.load_E, dropped)
+        return y_ND.view_as(x_BTD), stats
 
-    def _beside(self, x_ND: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What needs no exchange and therefore runs beside the first hop: shared expert, dense MLP of the residual."""
+    def after_step(self, total: MoEStats, micro_batches: int) -> None:
+        """Learn, after an optimizer step, from the sums of this layer's statistics over the global batch's micro-batches.
+
+        They must be the same on all ranks.
+        """
+        if not total.load_E.any():  # the layer was left out of this step
+            return
+        if not total.replayed:
+            self.router.after_step(total.load_E)
+        self.capacity.after_step(float(total.need) / micro_batches)
+        if self.cache is not None:
+            self.cache.after_step(float(total.repeated), float(total.compared))
+
+    def _plan(self, x_ND: Tensor, about: TokenInfo) -> tuple[Planned, MoEStats]:
+        """Who goes where: by the router, or as it was when this micro-batch came before."""
+        cache, samples = self.cache if self.training else None, ()
+        if cache is not None:
+            samples = about.samples()
+            if kept := cache.find(samples):
+                return kept
+        routing: Routing = self.router(x_ND, about)
+        filled = self.capacity(routing)
+        planned = self.dispatcher.plan(x_ND, filled.ids_NK, filled.weights_NK)
+        dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
+        zero = torch.zeros_like(dropped)
+        stats = MoEStats(routing.losses, routing.load_E, dropped, filled.rows, filled.need, zero, zero, zero)
+        if cache is not None:
+            cache.keep(samples, planned, stats._replace(losses={}, replayed=zero + 1))
+            stats = stats._replace(**cache.compare(samples, about, filled.ids_NK)._asdict())
+        return planned, stats
+
+    def idle(self) -> MoEStats:
+        """The statistics of a pass that leaves the layer out."""
+        device = next(self.experts.parameters()).device
+        load_E = torch.zeros(self.dispatcher.num_experts, dtype=torch.int64, device=device)
+        zero = load_E.sum()
+        return MoEStats({}, load_E, zero, zero, zero.double(), zero, zero, zero)
+
+    def _beside(self, x_ND: Tensor, experts: ExpertPass) -> tuple[Tensor | None, Tensor | None]:
+        """What needs no exchange and therefore runs beside the first hop: shared expert, dense MLP of the residual.
+
+        Its backward runs beside the last exchange of the backward pass; so do the gradients of the experts' weights.
+        """
+        experts.open()
         shared_ND = None if self.shared is None else self.shared(x_ND)
         return shared_ND, None if self.residual is None else self.residual.mlp(x_ND)
-
-    def _apply_capacity(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        moe = self.config
-        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
-        if factor is None:
-            return routing.ids_NK, routing.weights_NK
-        capacity = expert_capacity(
-            num_tokens=routing.ids_NK.shape[0],
-            num_experts=self.dispatcher.num_experts,
-            top_k=moe.router.top_k,
-            factor=factor,
-            rounding=moe.capacity_rounding,
-            minimum=moe.min_capacity,
-        )
-        return drop_overflow(routing.ids_NK, routing.weights_NK, capacity)
 
 
 class ResidualBranch(nn.Module):

@@ -37,8 +37,8 @@ class ReferenceDispatcher:
     def run(
         self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, experts: Any, beside: Callable[[], Any]
     ) -> tuple[Tensor, Any]:
-        dispatched = self.dispatch(x_ND, ids_NK, weights_NK)
-        return self.combine(experts(dispatched.rows, dispatched.counts), dispatched), beside()
+        dispatched, beside_output = self.dispatch(x_ND, ids_NK, weights_NK), beside()
+        return self.combine(experts(dispatched.rows, dispatched.counts), dispatched), beside_output
 
 
 def capacity_keeps(ids_NK: Tensor, capacity: int) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from tests.models.reference import ReferenceDispatcher, feed_forward, moe_layer
 from twohop.comm import Topology, build_dispatcher
 from twohop.models.config import Activation, ModelConfig, MoEConfig, Residual, RouterConfig
-from twohop.models.experts import Experts, grouped_linear
+from twohop.models.experts import ExpertPass, Experts
 from twohop.models.feed_forward import FeedForward
+from twohop.models.grouped import LateWeight, grouped_linear
 from twohop.models.moe import MoELayer
 
 DIM, FFN = 8, 12
@@ -144,13 +145,57 @@ def test_both_ways_of_multiplying_give_the_same_bits(counts, monkeypatch):
     factors = torch.randn(sum(counts), 8)
 
     def run() -> tuple[torch.Tensor, ...]:
-        y = grouped_linear(x, w, counts)
+        y = grouped_linear(x, LateWeight(w, w.dtype), counts)
         return y, *torch.autograd.grad(y, (x, w), factors)
 
     grouped = run()
-    monkeypatch.setattr("twohop.models.experts._grouped_mm_is_defined", lambda *_: False)
+    monkeypatch.setattr("twohop.models.grouped._grouped_mm_is_defined", lambda *_: False)
     for one, other in zip(grouped, run(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_may_come_in_several_calls(dtype):
+    """As one call with all rows; a product may use another kernel for another number of rows, hence no equal bits."""
+    experts = Experts(4, DIM, FFN, Activation.gelu).to(dtype)
+    randomise(experts)
+    calls = [torch.randn(sum(counts), DIM, dtype=dtype, requires_grad=True) for counts in GROUPS]
+    factors = [torch.randn_like(rows) for rows in calls]
+    one_pass = ExpertPass(experts, calls[0])
+    one_pass.open()
+    outputs = [one_pass(rows, counts) for rows, counts in zip(calls, GROUPS, strict=True)]
+    loss = sum((y * factor).sum() for y, factor in zip(outputs, factors, strict=True))
+    got = torch.autograd.grad(loss, [*calls, experts.up, experts.down], retain_graph=True)
+    again = torch.autograd.grad(loss, [*calls, experts.up, experts.down])
+    assert all(torch.equal(first, second) for first, second in zip(got, again, strict=True))
+
+    # Calls as they would be, all rows at once: of each expert first those of the first call.
+    split = [rows.split(counts) for rows, counts in zip(calls, GROUPS, strict=True)]
+    whole = torch.cat([rows for of_expert in zip(*split, strict=True) for rows in of_expert])
+    factors = [factor.split(counts) for factor, counts in zip(factors, GROUPS, strict=True)]
+    whole_factor = torch.cat([factor for of_expert in zip(*factors, strict=True) for factor in of_expert])
+    y = experts(whole, [sum(column) for column in zip(*GROUPS, strict=True)])
+    expected = torch.autograd.grad((y * whole_factor).sum(), [*calls, experts.up, experts.down])
+    rounding = 100 * torch.finfo(dtype).eps  # of sums over at most 36 rows and 32 columns
+    for our_grad, their_grad in zip(got, expected, strict=True):
+        torch.testing.assert_close(our_grad, their_grad, rtol=rounding, atol=rounding * their_grad.norm().item())
+
+
+def test_when_weight_gradients_are_computed():
+    """After everything that was computed since the pass was opened, and before what was computed earlier."""
+    order = []
+    experts, rows = Experts(2, 16, 16, Activation.gelu), torch.randn(4, 16, requires_grad=True)
+    randomise(experts)
+    experts.up.register_hook(lambda grad: order.append("weights"))
+    one_pass = ExpertPass(experts, rows)
+    before = rows * 1
+    one_pass.open()
+    after = before * 1
+    before.register_hook(lambda grad: order.append("computed before"))
+    after.register_hook(lambda grad: order.append("computed after"))
+    one_pass(after, [1, 3]).sum().backward()
+    assert order == ["computed after", "weights", "computed before"]
+    assert experts.up.grad is not None
 
 
 @pytest.mark.parametrize(("dtype", "width", "grouped"), [
@@ -162,7 +207,7 @@ def test_grouped_mm_is_used_where_it_is_defined(dtype, width, grouped, monkeypat
     real = torch.nn.functional.grouped_mm
     monkeypatch.setattr("torch.nn.functional.grouped_mm", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     x, w = torch.randn(5, width).to(dtype), torch.randn(2, 8, width).to(dtype)
-    y = grouped_linear(x, w, [2, 3])
+    y = grouped_linear(x, LateWeight(w, w.dtype), [2, 3])
     torch.testing.assert_close(y, torch.cat([x[:2] @ w[0].T, x[2:] @ w[1].T]))
     assert bool(calls) == grouped
 
