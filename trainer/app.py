@@ -161,4 +161,6 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterable[str]:
         yield f"{prefix}{key!s}"
         child = node._get_node(key)
         if isinstance(child, DictConfig):
+            if child._is_none():  # a group that may be null: what it could hold
+                child = OmegaConf.structured(child._metadata.ref_type)
             yield from _keys(child, f"{prefix}{key!s}.")

@@ -149,7 +149,7 @@ class MultitaskConfig:
 
 @dataclass
 class DataConfig:
-    """Where samples come from. `source`: stdlib, text or tokens; multitask, over the text of stdlib or `files`; digits."""
+    """Where samples come from. `source`: stdlib, text or tokens; multitask, of stdlib's text or `files`; digits."""
 
     source: str = "stdlib"
     files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated

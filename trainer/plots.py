@@ -50,7 +50,7 @@ def loss_plot(train: Sequence[Record], valid: Sequence[Record]) -> str:
     """Cross-entropy over steps: every step faint, its running mean bold, validation as points."""
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure, "loss (nats per token)")
+        axes = _step_axes(figure, "loss (nats per target)")
         steps, losses = _curve(train, "loss")
         axes.plot(steps, losses, color=BLUE, alpha=0.28, linewidth=1)
         axes.plot(steps, _running_mean(losses), color=BLUE, linewidth=2, label="training")
@@ -65,8 +65,8 @@ def speed_plot(train: Sequence[Record]) -> str:
     """Tokens per second of all ranks together."""
 
     def draw(figure: Figure) -> None:
-        axes = _step_axes(figure, "tokens per second")
-        steps, speeds = _curve(train, "tokens_per_s")
+        axes = _step_axes(figure, "targets per second")
+        steps, speeds = _curve(train, "targets_per_s")
         axes.fill_between(steps, speeds, color=TEAL, alpha=0.14, linewidth=0)
         axes.plot(steps, speeds, color=TEAL, linewidth=1.6)
         axes.set_ylim(bottom=0)

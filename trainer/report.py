@@ -53,27 +53,28 @@ def _tiles(train: Sequence[Record], valid: Sequence[Record]) -> str:
         tiles += [
             ("validation loss", _number(valid[-1]["valid_loss"])),
             ("perplexity", _number(valid[-1]["valid_perplexity"])),
+            ("accuracy", f"{valid[-1]['valid_accuracy']:.1%}"),
         ]
-    tiles.append(("tokens/s, median", f"{_median(train, 'tokens_per_s'):,.0f}"))
+    tiles.append(("targets/s, median", f"{_median(train, 'targets_per_s'):,.0f}"))
     cells = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for label, value in tiles)
     return f"<div class=tiles>{cells}</div>"
 
 
 def _loss_section(train: Sequence[Record], valid: Sequence[Record]) -> str:
     caption = (
-        f"Cross-entropy of the next token. The training loss went from {_number(train[0]['loss'])} at step "
+        f"Cross-entropy of the targets. The training loss went from {_number(train[0]['loss'])} at step "
         f"{train[0]['step']} to {_number(train[-1]['loss'])} at step {train[-1]['step']} (thin: every step, bold: "
         "running mean)."
     )
     if valid:
         last = valid[-1]
-        caption += f" On text that is never trained on (points) it ends at {_number(last['valid_loss'])}."
+        caption += f" On data that is never trained on (points) it ends at {_number(last['valid_loss'])}."
     return _figure("Loss", plots.loss_plot(train, valid), caption)
 
 
 def _speed_section(train: Sequence[Record]) -> str:
     seconds = _median(train, "step_s")
-    caption = f"Tokens trained on per second, all ranks together; a step takes {seconds:.3g} s in the median."
+    caption = f"Targets trained on per second, all ranks together; a step takes {seconds:.3g} s in the median."
     return _figure("Throughput", plots.speed_plot(train), caption)
 
 

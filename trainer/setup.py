@@ -168,8 +168,10 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
 
 def _check_images(config: Config, data: Data) -> None:
     vision = config.model.vision
-    if vision is not None and data.image_shape != (vision.channels, vision.image_size, vision.image_size):
-        channels, height, width = data.image_shape or ()
+    if vision is None or data.image_shape is None:  # `validate` has seen that they belong together
+        return
+    channels, height, width = data.image_shape
+    if data.image_shape != (vision.channels, vision.image_size, vision.image_size):
         raise ConfigError(
             f"model.vision.image_size={vision.image_size} with channels={vision.channels} does not fit the images of "
             f"data.source={config.data.source}: they are {height}×{width} with {channels} channels"

@@ -21,7 +21,7 @@ from twohop.comm import CommError
 from twohop.trainer import workers
 from twohop.trainer.data import sample_numbers
 from twohop.trainer.errors import CheckpointError, ConfigError, UserError
-from twohop.trainer.evaluate import evaluate
+from twohop.trainer.evaluate import Evaluation, evaluate
 from twohop.trainer.generate import generate_text
 from twohop.trainer.loop import train_step
 from twohop.trainer.metrics import read_metrics, read_summary
@@ -33,7 +33,7 @@ TWOHOP = str(Path(sys.executable).with_name("twohop"))
 
 def train_steps(directory: Path) -> list[dict[str, Any]]:
     """The training records of a run, without what depends on the clock."""
-    clock = ("step_s", "tokens_per_s")
+    clock = ("step_s", "targets_per_s")
     records = [record for record in read_metrics(directory) if record["kind"] == "train"]
     return [{key: value for key, value in record.items() if key not in clock} for record in records]
 
@@ -120,7 +120,7 @@ def test_the_loss_is_a_mean_over_all_tokens_plus_the_routers_losses(tmp_path: Pa
 WHOLE_SPLIT = ("eval.batches=0", "data.valid_fraction=0.15")
 
 
-def evaluated(directory: Path) -> tuple[float, str]:
+def evaluated(directory: Path) -> tuple[Evaluation, str]:
     run = runs.start(directory, *WHOLE_SPLIT)
     return evaluate(run), generate_text(run, run.config.generate)
 
@@ -134,14 +134,17 @@ def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
     assert len(windows) % run.config.train.micro_batch
     assert micro_batches % 4
     with torch.no_grad():
-        losses = [F.cross_entropy(run.model.eval()(ids[None, :-1]).logits[0], ids[1:]).item() for ids in windows]
-    expected = sum(losses) / len(losses)
-    own_loss, own_text = evaluate(run), generate_text(run, run.config.generate)
-    assert own_loss == pytest.approx(expected, rel=1e-6)
+        logits = [run.model.eval()(ids[None, :-1]).logits[0] for ids in windows]
+    losses = [F.cross_entropy(given, ids[1:]).item() for given, ids in zip(logits, windows, strict=True)]
+    right = [(given.argmax(-1) == ids[1:]).double().mean().item() for given, ids in zip(logits, windows, strict=True)]
+    expected = pytest.approx((sum(losses) / len(losses), sum(right) / len(right)), rel=1e-6)
+    own, own_text = evaluate(run), generate_text(run, run.config.generate)
+    assert own == expected
+    assert own.accuracy > 0
     assert len(own_text) >= len(run.config.generate.prompt)
     found = run_distributed(evaluated, 4, tmp_path, init=False)
-    assert {loss for loss, _ in found} == {found[0][0]}
-    assert found[0][0] == pytest.approx(expected, rel=1e-6)
+    assert {valid for valid, _ in found} == {found[0][0]}
+    assert found[0][0] == expected
     assert {text for _, text in found} == {own_text}
 
 

@@ -28,7 +28,7 @@ def train_record(step: int, steps: int, experts: dict[str, int], drops: bool = T
     }
     return {
         "loss": 5.5 - 3 * step / steps,
-        "tokens_per_s": 9000 + 100 * (step % 3),
+        "targets_per_s": 9000 + 100 * (step % 3),
         "step_s": 0.45,
         "moe": {layer: {"load": load, "dropped": 0.25 * drops} for layer, load in loads.items()},
         "traffic": traffic,
@@ -43,7 +43,7 @@ def run_dir(tmp_path: Path) -> Path:
         for step in range(1, 61):
             writer.log(step, train_record(step, 60, {"blocks.1": 4, "blocks.3": 8}))
             if step % 20 == 0:
-                writer.log(step, {"valid_loss": 2.75, "valid_perplexity": 15.64}, kind="eval")
+                writer.log(step, {"valid_loss": 2.75, "valid_perplexity": 15.64, "valid_accuracy": 0.25}, kind="eval")
     write_summary(path, {"valid_loss": 2.75, "parameters": {"total": 3312000}, "sample": "<b>def</b> & more"})
     (path / "config.yaml").write_text(
         "seed: 7\nrun: {root: runs}\nmodel:\n  dim: 128\n  moe: {experts: [4, 8]}\ncomm:\n  dispatcher: dedup\n"
@@ -131,7 +131,7 @@ def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
 
 def test_a_dense_run_after_its_first_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
-        writer.log(1, {"loss": float("nan"), "tokens_per_s": 1.0, "step_s": 1.0, "moe": {}, "traffic": {}})
+        writer.log(1, {"loss": float("nan"), "targets_per_s": 1.0, "step_s": 1.0, "moe": {}, "traffic": {}})
     page = Page(write_report(tmp_path).read_text())
     assert page.headings == ["Loss", "Throughput"]
     assert "went from not finite at step 1" in page.text

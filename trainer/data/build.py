@@ -13,6 +13,7 @@ from typing import Any
 
 from twohop.trainer.config import DataConfig
 from twohop.trainer.data.corpus import Corpus, Document, stdlib_corpus, text_corpus
+from twohop.trainer.data.images import IMAGES, build_image_data
 from twohop.trainer.data.multitask import build_task_data
 from twohop.trainer.data.samples import Samples
 from twohop.trainer.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, tokenizer_settings
@@ -35,6 +36,8 @@ class Data:
     tokenizer: Tokenizer | None  # None: not text
     fingerprint: str
     tasks: tuple[str, ...] = ()  # names of what a batch's task_B numbers; (): it has no tasks
+    image_shape: tuple[int, int, int] | None = None  # channels, height, width; None: no images
+    unit: str = "token"  # what a target is, in words
 
 
 def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
@@ -45,6 +48,11 @@ def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
     """
     if config.source == "multitask":
         return _task_data(config, seq_len)
+    if config.source in IMAGES:
+        made = build_image_data(config.source, config.valid_fraction)
+        return Data(
+            made.train, made.valid, made.num_classes, None, made.fingerprint, image_shape=made.image_shape, unit="image"
+        )
     folder = _prepared_folder(config) if config.source == "tokens" else prepare(config, None, log)
     tokenizer = load_tokenizer(folder)
     train, train_header = open_tokens(folder / "train")
