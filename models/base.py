@@ -3,11 +3,13 @@
 Shapes: V classes of a target (the vocabulary, for text).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from twohop.models.attention import AttentionBase
 from twohop.models.config import ModelConfig
 from twohop.models.moe import MoELayer, MoEStats
 
@@ -17,6 +19,7 @@ class ModelOutput(NamedTuple):
 
     logits: Tensor
     moe: tuple[MoEStats, ...]
+    losses: Mapping[str, Tensor] = MappingProxyType({})  # scalars of other layers, already multiplied by their weights
 
 
 class MoEModel(nn.Module):
@@ -31,3 +34,12 @@ class MoEModel(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, MoELayer):
                 yield name, module
+
+    def attention_losses(self) -> dict[str, Tensor]:
+        """The losses of all attention layers, added up by name; {} for most kinds of attention."""
+        total: dict[str, Tensor] = {}
+        for module in self.modules():
+            if isinstance(module, AttentionBase):
+                for name, loss in module.losses().items():
+                    total[name] = total[name] + loss if name in total else loss
+        return total

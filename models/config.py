@@ -113,6 +113,11 @@ class RouterConfig:
             1 <= self.top_groups <= self.groups,
             f"model.moe.router.top_groups={self.top_groups}: use a number from 1 to groups={self.groups}",
         )
+        _require(
+            self.load_balance_loss != 0 or self.load_balance_over is BalanceOver.micro_batch,
+            f"model.moe.router.load_balance_over={self.load_balance_over.value} has no use with "
+            "model.moe.router.load_balance_loss=0: leave it out",
+        )
         for key in ("load_balance_loss", "sequence_loss", "z_loss", "importance_loss", "load_loss"):
             value = getattr(self, key)
             _require(value >= 0, f"model.moe.router.{key}={value}: a loss weight is at least 0")
@@ -275,6 +280,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
     init_std: float = 0.02
+    layer_drop: float = 0.0  # the part of the steps that leave the last block out; less, in proportion, before it
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     encoder: EncoderConfig | None = None  # of kind=encoder_decoder
@@ -284,6 +290,11 @@ class ModelConfig:
         for key in ("max_seq_len", "dim", "num_layers", "num_heads", "ffn_dim"):
             value = getattr(self, key)
             _require(value >= 1, f"model.{key}={value}: use a positive number")
+        _require(0 <= self.layer_drop < 1, f"model.layer_drop={self.layer_drop}: use a part of the steps in [0, 1)")
+        _require(
+            self.layer_drop == 0 or self.kind is ModelKind.decoder,
+            f"model.layer_drop={self.layer_drop} has no use with model.kind={self.kind.value}: leave it out",
+        )
         _require(
             self.head_dim is not None or self.dim % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}: "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.comm import TokenDispatcher
-from twohop.models.attention import KVCache, build_attention, rope_angles
+from twohop.models.attention import Cache, build_attention, rope_angles
 from twohop.models.base import ModelOutput, MoEModel
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
@@ -68,8 +68,8 @@ class SideBlock(nn.Module):
 class DecoderCache(NamedTuple):
     """Keys and values of the target positions so far, and of the source, in one block."""
 
-    own: KVCache
-    source: KVCache
+    own: Cache
+    source: Cache
 
 
 class EncoderDecoder(MoEModel):
@@ -167,11 +167,14 @@ class EncoderDecoder(MoEModel):
             moe += [stats] if stats is not None else []
         # Tied by use, not by one parameter in two modules: so the tie survives moving off the meta device.
         head_VD = self.embed.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.norm(x_BTD), head_VD), tuple(moe))
+        return ModelOutput(F.linear(self.norm(x_BTD), head_VD), tuple(moe), self.attention_losses())
 
     def new_cache(self, source_len: int, max_len: int) -> list[DecoderCache]:
         """An empty cache for sources of `source_len` positions and targets of at most `max_len`."""
-        return [DecoderCache(KVCache(max_len), KVCache(source_len)) for _ in self.decoder]
+        return [
+            DecoderCache(block.attention.new_cache(max_len), block.cross_attention.new_cache(source_len))
+            for block in self.decoder
+        ]
 
     def _embed(self, ids_BT: Tensor, start: int) -> tuple[Tensor, Rope]:
         end = start + ids_BT.shape[1]

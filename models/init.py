@@ -12,7 +12,7 @@ from twohop.models.build import expert_parameters
 
 @torch.no_grad()
 def init_weights(model: MoEModel, seed: int) -> None:
-    """Normal weights of standard deviation `init_std`; norms 1, biases 0.
+    """Normal weights of standard deviation `init_std`; norms 1, biases and attention spans 0.
 
     The matrices that write into the residual stream start smaller by sqrt(2 · layers) (Radford 2019, GPT-2). Each
     parameter has a generator of its own, keyed by (seed, name), and each expert one by (seed, name, global expert
@@ -26,7 +26,7 @@ def init_weights(model: MoEModel, seed: int) -> None:
         std = model.config.init_std * (residual_scale if writes_to_residual else 1.0)
         if name in norms:
             parameter.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".attention.span")):  # a span of 0 positions is where learning starts
             parameter.zero_()
         elif name in experts:
             first_expert = experts[name].dispatcher.first_expert
@@ -36,6 +36,7 @@ def init_weights(model: MoEModel, seed: int) -> None:
             _fill_normal(parameter, std, f"{seed}/{name}")
     for name, layer in model.moe_layers():
         layer.router.init_buffers(_generator(f"{seed}/{name}.router"))
+        layer.capacity.init_buffers()
 
 
 def _fill_normal(parameter: Tensor, std: float, key: str) -> None:

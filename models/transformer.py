@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.comm import TokenDispatcher
-from twohop.models.attention import KVCache, build_attention, rope_angles
+from twohop.models.attention import AttentionBase, Cache, build_attention, rope_angles
 from twohop.models.base import ModelOutput, MoEModel
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
@@ -21,11 +21,14 @@ from twohop.models.routers import TokenInfo
 class Block(nn.Module):
     """Attention, then a dense MLP or an MoE layer, each after a norm and beside the residual stream."""
 
-    def __init__(self, config: ModelConfig, dispatcher: TokenDispatcher | None, layer: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, dispatcher: TokenDispatcher | None, layer: int = 0, causal: bool = True
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attention = build_attention(config, layer=layer)
+        self.attention = build_attention(config, causal=causal, layer=layer)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.left_out = False  # while training: see `twohop.models.layer_drop`
         self.is_moe = dispatcher is not None
         if dispatcher is not None:
             self.moe = MoELayer(config, dispatcher)
@@ -33,9 +36,11 @@ class Block(nn.Module):
             self.mlp = FeedForward(config.dim, config.ffn_dim, config.activation)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], about: TokenInfo, cache: KVCache | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, about: TokenInfo, cache: Cache | None = None
     ) -> tuple[Tensor, MoEStats | None]:
         """[B, T, D] → [B, T, D], and the MoE layer's statistics if there is one."""
+        if self.left_out and self.training:
+            return x_BTD, self.moe.idle() if self.is_moe else None
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
         h_BTD = self.ffn_norm(x_BTD)
         y_BTD, stats = self.moe(h_BTD, about) if self.is_moe else (self.mlp(h_BTD), None)
@@ -58,9 +63,7 @@ class Transformer(MoEModel):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(
-        self, ids_BT: Tensor, cache: list[KVCache] | None = None, sample_B: Tensor | None = None
-    ) -> ModelOutput:
+    def forward(self, ids_BT: Tensor, cache: list[Cache] | None = None, sample_B: Tensor | None = None) -> ModelOutput:
         """int64 [B, T] → `ModelOutput`. With a cache (see `new_cache`), ids continue the positions in it.
 
         `sample_B` numbers the sequences in their data set, for routers that remember.
@@ -84,10 +87,14 @@ class Transformer(MoEModel):
             x_BTD, stats = block(x_BTD, rope, about, cache[i] if cache else None)
             if stats is not None:
                 moe.append(stats)
+        return ModelOutput(self.read_out(x_BTD), tuple(moe), self.attention_losses())
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """The logits of states after a block, the last or an earlier one: [..., D] → [..., V]."""
         # Tied by use, not by one parameter in two modules: so the tie survives moving off the meta device.
         head_VD = self.embed.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.norm(x_BTD), head_VD), tuple(moe))
+        return F.linear(self.norm(x), head_VD)
 
-    def new_cache(self, max_len: int) -> list[KVCache]:
-        """An empty key/value cache for `max_len` positions."""
-        return [block.attention.new_cache(max_len) for block in self.blocks]
+    def new_cache(self, max_len: int) -> list[Cache]:
+        """An empty cache of every attention layer, for `max_len` positions."""
+        return [module.new_cache(max_len) for module in self.modules() if isinstance(module, AttentionBase)]

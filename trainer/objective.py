@@ -34,8 +34,8 @@ class Objective:
         """
         cross_entropy = cross_entropy_sum(output.logits, batch.targets)
         # A router's loss is a mean over the micro-batch: times its targets, it adds up over micro-batches as well.
-        router_losses = [loss for stats in output.moe for loss in stats.losses.values()]
-        aux_loss = sum(router_losses, torch.zeros_like(cross_entropy)) * num_targets
+        layer_losses = [loss for stats in output.moe for loss in stats.losses.values()] + list(output.losses.values())
+        aux_loss = sum(layer_losses, torch.zeros_like(cross_entropy)) * num_targets
         parts = {"loss": cross_entropy, "aux_loss": aux_loss}
         if self.teacher is not None:
             parts |= self.teacher.losses(batch, output.logits, progress)

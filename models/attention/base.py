@@ -1,24 +1,27 @@
 """What all kinds of attention share: rotary positions, and the projections to heads.
 
-Shapes: B sequences, T positions, S positions with a key, D model width, H heads, G key/value heads, A head width.
+Shapes: B sequences, T positions, S positions with a key, D model width, H heads, G key/value heads, A head width;
+X all heads beside each other.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twohop.models.attention.cache import Cache
+from twohop.models.attention_config import QKNorm
 from twohop.models.config import ModelConfig
 
+Rope = tuple[Tensor, Tensor]
 
-def rope_angles(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def rope_angles(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
     """cos and sin of position · theta^(-2i / A) for i < A/2: [T, A/2] each (Su 2021, RoFormer)."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=dtype) / head_dim
     angles = positions_T.to(dtype)[:, None] * theta**-exponents
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHTA: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def rotate(x_BHTA: Tensor, rope: Rope | None) -> Tensor:
     """Rotates the pairs (x_i, x_{i + A/2}) by their angles: the pairing of Llama's and GPT-NeoX's weights.
 
     None leaves them as they are.
@@ -39,26 +42,44 @@ class AttentionBase(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.key_dim
-        self.wq = nn.Linear(config.dim, config.num_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(config.num_heads * self.head_dim, config.dim, bias=False)
+        width, kv_width = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.wq = nn.Linear(config.dim, width, bias=False)
+        self.wk = nn.Linear(config.dim, kv_width, bias=False)
+        self.wv = nn.Linear(config.dim, kv_width, bias=False)
+        self.wo = nn.Linear(width, config.dim, bias=False)
+        self.qk_norm = config.attention.qk_norm
+        if self.qk_norm is not QKNorm.none:
+            per_head = self.qk_norm is QKNorm.head
+            self.q_norm = nn.RMSNorm(self.head_dim if per_head else width, config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim if per_head else kv_width, config.norm_eps)
 
     def queries(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] → [B, H, T, A]."""
-        return self._heads(self.wq(x_BTD))
+        """[B, T, D] → [B, H, T, A], normed and not rotated."""
+        q_BTX = self.wq(x_BTD)
+        if self.qk_norm is QKNorm.full:
+            q_BTX = self.q_norm(q_BTX)
+        q_BHTA = self._heads(q_BTX)
+        return self.q_norm(q_BHTA) if self.qk_norm is QKNorm.head else q_BHTA
 
     def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, D] → [B, G, S, A] twice."""
-        return self._heads(self.wk(x_BSD)), self._heads(self.wv(x_BSD))
+        """[B, S, D] → [B, G, S, A] twice; keys normed and not rotated."""
+        k_BSX = self.wk(x_BSD)
+        if self.qk_norm is QKNorm.full:
+            k_BSX = self.k_norm(k_BSX)
+        k_BGSA = self._heads(k_BSX)
+        return self.k_norm(k_BGSA) if self.qk_norm is QKNorm.head else k_BGSA, self._heads(self.wv(x_BSD))
 
     def output(self, y_BHTA: Tensor) -> Tensor:
         """[B, H, T, A] → [B, T, D]."""
         return self.wo(y_BHTA.transpose(1, 2).flatten(2))
 
+    def losses(self) -> dict[str, Tensor]:
+        """Scalars that belong to the training loss, by name, already multiplied by their weights."""
+        return {}
+
+    def new_cache(self, max_len: int) -> Cache:
+        """An empty cache for `max_len` positions, as `forward` takes it."""
+        raise NotImplementedError
+
     def _heads(self, x_BTX: Tensor) -> Tensor:
         return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def new_cache(self, max_len: int) -> Any:
-        """An empty cache for `max_len` positions, as `forward` takes it; its `length` counts positions seen."""
-        raise NotImplementedError

@@ -3,15 +3,26 @@
 Shapes: B sequences, T new positions, S kept positions, G key/value heads, A head width.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 
+class Cache(Protocol):
+    """The memory of one attention layer."""
+
+    @property
+    def length(self) -> int:
+        """Positions seen."""
+        ...
+
+
 class KVCache:
-    """Keys and values of at most `max_len` positions; with `keep`, of the last `keep` before the new ones alone."""
+    """Keys and values of `max_len` positions; with `keep`, of the last `keep` positions before the new ones."""
 
     def __init__(self, max_len: int, keep: int | None = None) -> None:
-        self.length = 0  # positions seen
+        self.length = 0
         self.max_len, self.keep = max_len, keep
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -29,18 +40,18 @@ class KVCache:
             self._values = v_BGTA.new_empty(batch, heads, self.max_len, width)
         self._keys[:, :, start : self.length] = k_BGTA
         self._values[:, :, start : self.length] = v_BGTA
-        return self.states
+        return self.kept()
 
-    @property
-    def states(self) -> tuple[Tensor, Tensor]:
-        """The keys and values that are kept. There must be some."""
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """All keys and values that are kept: [B, G, S, A] twice. There must be some."""
         assert self._keys is not None
         assert self._values is not None
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def _shift(self, old_BGSA: Tensor | None, new_BGTA: Tensor) -> Tensor:
+        """Kept positions and new ones, one behind the other."""
         assert self.keep is not None
         if old_BGSA is None:
             return new_BGTA
-        kept = min(self.keep, old_BGSA.shape[2])
-        return torch.cat([old_BGSA[:, :, old_BGSA.shape[2] - kept :], new_BGTA], 2)
+        dropped = max(0, old_BGSA.shape[2] - self.keep)
+        return torch.cat([old_BGSA[:, :, dropped:], new_BGTA], 2)

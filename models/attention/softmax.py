@@ -5,23 +5,24 @@ Shapes: B sequences, T positions, S positions with a key, D model width, H heads
 
 from torch import Tensor
 
-from twohop.models.attention.base import AttentionBase, rotate
+from twohop.models.attention.attend import attend
+from twohop.models.attention.base import AttentionBase, Rope, rotate
 from twohop.models.attention.cache import KVCache
-from twohop.models.attention.masks import MaskMod, attend
+from twohop.models.attention.masks import Pattern
 from twohop.models.config import ModelConfig
 
 
 class Attention(AttentionBase):
-    """Multi-head softmax attention. `mask` says which keys a query sees; None: all."""
+    """Multi-head softmax attention (Vaswani 2017); `pattern` says which keys a query sees."""
 
-    def __init__(self, config: ModelConfig, mask: MaskMod | None) -> None:
+    def __init__(self, config: ModelConfig, pattern: Pattern) -> None:
         super().__init__(config)
-        self.mask = mask
+        self.mask, self.reach = pattern
 
     def forward(
         self,
         x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
+        rope: Rope | None = None,
         cache: KVCache | None = None,
         memory_BSD: Tensor | None = None,
         key_mask_BS: Tensor | None = None,
@@ -33,24 +34,41 @@ class Attention(AttentionBase):
             rope: angles of these positions; None: no rotation.
             cache: x holds the positions after those in the cache, which grows by them. With `memory_BSD`, the cache
                 keeps the memory's keys and values after the first call.
-            memory_BSD: the states that are attended to, in place of x itself; they are not rotated.
-            key_mask_BS: bool, False for keys that nobody sees, such as padding; S counts the cache's positions too.
+            memory_BSD: the states that are attended to in place of x; they are not rotated.
+            key_mask_BS: bool, False for keys that nobody sees, such as padding; S counts all positions of the cache.
+
+        Raises:
+            ValueError: `rope` is given for the states of another sequence.
         """
         if memory_BSD is not None and rope is not None:
             raise ValueError("rope is given for states of another sequence, which has positions of its own: use None")
         q = rotate(self.queries(x_BTD), rope)
-        first_query = 0
-        if memory_BSD is not None and cache is not None and cache.length:
-            k, v = cache.states
+        first_query = cache.length if cache is not None and memory_BSD is None else 0
+        if cache is not None and cache.length and memory_BSD is not None:
+            k, v = cache.kept()
         else:
             k, v = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
             k = rotate(k, rope)
             if cache is not None:
-                first_query = cache.length if memory_BSD is None else 0
                 k, v = cache.append(k, v)
-        first_key = 0 if cache is None else cache.length - k.shape[2]
-        return self.output(attend(q, k, v, self.mask, first_query, first_key, key_mask_BS))
+        num_keys = k.shape[2]
+        first_key = 0 if cache is None else cache.length - num_keys
+        if key_mask_BS is not None:
+            key_mask_BS = key_mask_BS[:, -num_keys:]
+        return self.output(self.attend(q, k, v, first_query, first_key, key_mask_BS))
+
+    def attend(
+        self,
+        q_BHTA: Tensor,
+        k_BGSA: Tensor,
+        v_BGSA: Tensor,
+        first_query: int,
+        first_key: int,
+        key_mask_BS: Tensor | None,
+    ) -> Tensor:
+        """[B, H, T, A], from queries and keys whose positions begin at the given ones."""
+        return attend(q_BHTA, k_BGSA, v_BGSA, self.mask, first_query, first_key, key_mask_BS)
 
     def new_cache(self, max_len: int) -> KVCache:
-        """See `AttentionBase`."""
-        return KVCache(max_len)
+        """See `AttentionBase`. Holds no more than `reach` positions beside the new ones."""
+        return KVCache(max_len, self.reach)
