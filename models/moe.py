@@ -68,10 +68,7 @@ class MoELayer(nn.Module):
         return y_ND.view_as(x_BTD), stats
 
     def after_step(self, total: MoEStats, micro_batches: int) -> None:
-        """Learn, after an optimizer step, from the sums of this layer's statistics over the global batch's micro-batches.
-
-        They must be the same on all ranks.
-        """
+        """Learn, after an optimizer step, from this layer's statistics added up over the micro-batches of all ranks."""
         if not total.load_E.any():  # the layer was left out of this step
             return
         if not total.replayed:
@@ -82,18 +79,17 @@ class MoELayer(nn.Module):
 
     def _plan(self, x_ND: Tensor, about: TokenInfo) -> tuple[Planned, MoEStats]:
         """Who goes where: by the router, or as it was when this micro-batch came before."""
-        cache, samples = self.cache if self.training else None, ()
-        if cache is not None:
-            samples = about.samples()
-            if kept := cache.find(samples):
-                return kept
+        cache = self.cache if self.training else None
+        samples = about.samples() if cache else ()
+        if cache and (kept := cache.find(samples)):
+            return kept
         routing: Routing = self.router(x_ND, about)
         filled = self.capacity(routing)
         planned = self.dispatcher.plan(x_ND, filled.ids_NK, filled.weights_NK)
         dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         zero = torch.zeros_like(dropped)
         stats = MoEStats(routing.losses, routing.load_E, dropped, filled.rows, filled.need, zero, zero, zero)
-        if cache is not None:
+        if cache:
             cache.keep(samples, planned, stats._replace(losses={}, replayed=zero + 1))
             stats = stats._replace(**cache.compare(samples, about, filled.ids_NK)._asdict())
         return planned, stats

@@ -186,6 +186,7 @@ class EngineConfig:
 
     name: str = "ddp"
     precision: Precision = Precision.fp32
+    reshard_after_forward: bool = True  # fsdp: free gathered parameters until backward; false: faster, more memory
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 
 from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
+from twohop.models.layer_drop import drop_layers
 from twohop.trainer.data import step_numbers
 from twohop.trainer.errors import UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
@@ -62,9 +63,11 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     numbers = step_numbers(config.data.order, config.seed, step, config.train.global_batch, len(samples))
     global_targets = samples.num_targets(numbers)
     run.model.train()
+    drop_layers(run.model, config.seed, step)
     run.meter.reset()
     totals = StepTotals([name for name, _ in run.model.moe_layers()])
-    for index in range(rank(), micro_batches, world_size()):
+    own_micro_batches = range(rank(), micro_batches, world_size())
+    for index in own_micro_batches:
         seed_noise(config.seed, step * micro_batches + index)
         own = numbers[index * micro_size : (index + 1) * micro_size]
         batch = samples.batch(own).to(run.device)
@@ -74,7 +77,8 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
                 parts = run.objective(batch, output, samples.num_targets(own), step / config.train.steps)
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
-        run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets)
+        last = index == own_micro_batches[-1]
+        run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets, last)
         totals.add(parts, output.moe)
 
     factor = lr_factor(step, config.train.steps, config.schedule)
@@ -82,6 +86,8 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     record = totals.reduce(global_targets)
     if not math.isfinite(record["loss"] + grad_norm):
         raise _diverged(run, step, f"the loss is {record['loss']} and the gradient norm {grad_norm}")
+    for (_, layer), total in zip(run.model.moe_layers(), totals.layers(), strict=True):
+        layer.after_step(total, totals.micro_batches)
     record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "targets": global_targets}
     record |= {"traffic": traffic_of_world(run.meter)}
     seconds = time.perf_counter() - started
