@@ -1,0 +1,104 @@
+"""Models of transformers: read them, and write ours so that `AutoModelForCausalLM` reads them.
+
+A new family is one file and one line in `FAMILIES`.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from twohop.models.config import ModelConfig, ModelKind, Residual
+from twohop.models.interop.family import Family, InteropError, read_config, write_config
+from twohop.models.interop.files import CONFIG_FILE, TensorFolder
+from twohop.models.interop.llama import Llama
+from twohop.models.interop.mixtral import Mixtral
+
+__all__ = ["FAMILIES", "Family", "InteropError", "TensorFolder", "differences", "fit_family", "read_folder"]
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Mixtral(), Llama())}
+# Keys of `ModelConfig` that change neither weights nor logits: how to begin, how to train, and what to call it.
+_FREE = {"name", "max_seq_len", "init_std"}
+_FREE_MOE = {"capacity_factor", "eval_capacity_factor", "capacity_rounding", "min_capacity", "batch_priority"}
+_FREE_MOE |= {"allow_non_causal"}
+_FREE_ROUTER = {"jitter", "noise", "bias_rate", "load_balance_over"}  # and every loss
+
+
+def read_folder(directory: Path) -> tuple[Family, ModelConfig]:
+    """The family and configuration of a folder that `save_pretrained` has written.
+
+    Raises:
+        InteropError: no or a damaged config.json, a family that is not known here, or a key that cannot be followed.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise InteropError(f"{directory} holds no {CONFIG_FILE}: name a folder that save_pretrained has written")
+    try:
+        values = json.loads(path.read_text())
+        model_type = values["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InteropError(f"{path}: not the configuration of a model ({error!r}): get it anew") from None
+    if model_type not in FAMILIES:
+        raise InteropError(f"{path}: model_type={model_type} is not known here, only {', '.join(FAMILIES)}")
+    return FAMILIES[model_type], read_config(FAMILIES[model_type], values, str(path))
+
+
+def fit_family(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """The family that computes just what a model of `config` computes, and its config.json.
+
+    Raises:
+        InteropError: transformers has no such class; names what would have to be different for the nearest one.
+    """
+    if config.moe.eval_capacity_factor is not None and config.experts_by_layer:
+        raise InteropError(
+            f"model.moe.eval_capacity_factor={config.moe.eval_capacity_factor}: the classes of transformers drop no "
+            "tokens, so logits would differ; add model.moe.eval_capacity_factor=null"
+        )
+    attempts = []
+    for family in (family for family in FAMILIES.values() if family.sparse == bool(config.experts_by_layer)):
+        written = write_config(family, config)
+        different = differences(config, read_config(family, written, CONFIG_FILE))
+        if not different:
+            return family, written
+        attempts.append((len(different), family, different))
+    _, nearest, different = min(attempts, key=lambda attempt: attempt[0])
+    wanted = "; ".join(f"{key}={ours}, not {theirs}" for key, (ours, theirs) in different.items())
+    raise InteropError(
+        f"transformers has no class for {_describe(config)}; "
+        f"the nearest, {nearest.architecture}, does not have {wanted}"
+    )
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """{key: (our value, their value)} of every key that decides weights or logits and differs."""
+    a, b = _deciding(ours), _deciding(theirs)
+    return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+
+
+def _deciding(config: ModelConfig) -> dict[str, Any]:
+    """What decides weights and logits, said in one way where there are several."""
+    plain = asdict(config)
+    moe = plain.pop("moe")
+    router = moe.pop("router")
+    plain |= {"num_kv_heads": config.kv_heads, "head_dim": config.key_dim}
+    known = {f"model.{key}": value for key, value in plain.items() if key not in _FREE}
+    known["model.moe.experts"] = config.experts_by_block
+    if not config.experts_by_layer:
+        return known
+    if config.experts_by_block.count(0) == 0:  # no block is dense
+        del known["model.ffn_dim"]
+    if router["name"] == "topk_softmax":  # the same weights by another way
+        router |= {"name": "softmax_topk", "renormalize": True}
+    moe |= {"ffn_dim": config.moe.ffn_dim or config.ffn_dim}
+    known |= {f"model.moe.{key}": value for key, value in moe.items() if key not in {*_FREE_MOE, "experts", "every"}}
+    deciding = {key: value for key, value in router.items() if key not in _FREE_ROUTER and not key.endswith("_loss")}
+    return known | {f"model.moe.router.{key}": value for key, value in deciding.items()}
+
+
+def _describe(config: ModelConfig) -> str:
+    if config.kind is not ModelKind.decoder:
+        return f"this model of kind {config.kind.value}"
+    pyramid = len(set(config.experts_by_layer)) > 1
+    if config.experts_by_layer and (config.moe.residual is not Residual.none or pyramid):
+        return "a PR-MoE model"
+    return "this model"
