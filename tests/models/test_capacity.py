@@ -9,7 +9,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from tests.models.reference import capacity_keeps
 from twohop.models.capacity import drop_overflow, expert_capacity, fill_positions
-from twohop.models.config import CapacityRounding
+from twohop.models.config import BatchPriority, CapacityRounding
 
 # vmoe's published example of two tokens competing, gates [token, expert].
 VMOE_GATES = torch.tensor([[0.4, 0.0, 0.2], [0.5, 0.1, 0.4], [0.3, 0.2, 0.6]])
@@ -78,8 +78,38 @@ def test_nothing_to_fill():
     assert ids.shape == weights.shape == (0, 2)
 
 
-def test_top2_keeps_what_nllb_keeps():
-    for seed in range(100):
+def test_vmoe_example_by_priority():
+    weights, ids = VMOE_GATES.topk(2)
+    kept, _ = drop_overflow(ids, weights, 2, BatchPriority.max)
+    expected = [[(0, 1), (2, 2)], [(0, 0), (2, 1)], [(2, 0), (0, 2)]]
+    assert kept.tolist() == [[expert if place < 2 else -1 for expert, place in row] for row in expected]
+
+
+@pytest.mark.parametrize("priority", [BatchPriority.max, BatchPriority.sum])
+def test_priority_is_filling_in_sorted_order(priority):
+    for seed in range(200):
+        _, probs, capacity = random_probs(seed)
+        ids = probs.topk(min(3, probs.shape[1])).indices
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.1, -1)
+        weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+        score = max if priority is BatchPriority.max else sum
+        order = sorted(range(len(ids)), key=lambda n: -score(weights[n].tolist()))
+        keep = torch.empty_like(ids, dtype=torch.bool)
+        keep[order] = capacity_keeps(ids[order], capacity)
+        kept_ids, kept_weights = drop_overflow(ids, weights, capacity, priority)
+        assert torch.equal(kept_ids, torch.where(keep, ids, -1))
+        assert torch.equal(kept_weights[ids >= 0], torch.where(keep, weights, 0.0)[ids >= 0])
+
+
+def test_equal_priorities_fill_in_token_order():
+    ids, weights = torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    for priority in BatchPriority:
+        assert drop_overflow(ids, weights, 2, priority)[0].flatten().tolist() == [0, 0, -1, -1, -1]
+
+
+@pytest.mark.parametrize("priority", [BatchPriority.off, BatchPriority.max])
+def test_top2_keeps_what_nllb_keeps(priority):
+    for seed in range(200):
         logits, probs, capacity = random_probs(seed)
         num_experts = logits.shape[1]
         config = NllbMoeConfig(
@@ -88,13 +118,14 @@ def test_top2_keeps_what_nllb_keeps():
             hidden_size=4,
             second_expert_policy="all",
             normalize_router_prob_before_dropping=True,
-            batch_prioritized_routing=False,
+            batch_prioritized_routing=priority is not BatchPriority.off,
             moe_eval_capacity_token_fraction=-1.0,
         )
         _, combine = NllbMoeTop2Router(config).route_tokens(logits.clone())
         weights, ids = probs.topk(2)
-        ids, weights = drop_overflow(ids, weights / weights.sum(-1, keepdim=True), capacity)
-        torch.testing.assert_close(dense(ids, weights, num_experts), combine)
+        kept_ids, _ = drop_overflow(ids, weights, capacity, priority)
+        weights = weights / weights.sum(-1, keepdim=True)
+        torch.testing.assert_close(dense(kept_ids, weights * (kept_ids >= 0), num_experts), combine)
 
 
 def test_top1_keeps_what_switch_transformers_keeps():
