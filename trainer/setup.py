@@ -87,8 +87,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         DataError: the data cannot be read.
     """
     data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
-    sizes = {"vocab_size": _vocab_size(config, data), "num_tasks": _num_tasks(config, data)}
-    config = replace(config, model=replace(config.model, **sizes))
+    config = _sized(config, data)
     _check_images(config, data)
     meter = TrafficMeter()
     try:
@@ -115,8 +114,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         layer.router.sum_over_ranks = partial(sum_over_world, what="loads of experts")
     teacher = None
     if config.distill.teacher is not None:
-        taught_by = teacher_config(config)
-        taught_by.model.vocab_size = _vocab_size(taught_by, data)
+        taught_by = _sized(teacher_config(config), data)
         # Its experts are of another number, and so are their EP sizes: the default fits any.
         any_size = replace(config.comm, ep_size=None)
         make_dispatcher = dispatchers("the teacher's MoE layer", any_size, taught_by.model)
@@ -160,6 +158,13 @@ def model_identity(config: Config) -> dict[str, Any]:
     return dict(_flat("model", plain))
 
 
+def weights_identity(config: Config) -> dict[str, Any]:
+    """`model_identity` without the keys that may differ where a trained model is run: how it drops tokens there."""
+    free = ("eval_capacity_factor", "capacity_rounding", "min_capacity", "batch_priority")
+    free_keys = {f"{side}.moe.{key}" for side in ("model", "model.encoder") for key in free}
+    return {key: value for key, value in model_identity(config).items() if key not in free_keys}
+
+
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if not isinstance(value, dict):
         return [(prefix, value)]
@@ -184,6 +189,12 @@ def _num_tasks(config: Config, data: Data) -> int | None:
     if size is not None and size < wanted:
         raise ConfigError(f"model.num_tasks={size} is less than the {wanted} tasks of the data: raise it, or use null")
     return size
+
+
+def _sized(config: Config, data: Data) -> Config:
+    """`config` with the sizes of the model that the data decides."""
+    vocab_size, num_tasks = _vocab_size(config, data), _num_tasks(config, data)
+    return replace(config, model=replace(config.model, vocab_size=vocab_size, num_tasks=num_tasks))
 
 
 def _vocab_size(config: Config, data: Data) -> int:
