@@ -160,6 +160,7 @@ class MoEConfig:
     every: int = 2  # the blocks every, 2·every, … (counted from 1) are MoE blocks
     last: int | None = None  # only the last so many of these (V-MoE's last-n, Riquelme 2021); null: all
     ffn_dim: int | None = None  # hidden width of an expert; null: the model's ffn_dim
+    expert_bits: int | None = None  # of a run that was exported with fewer bits, 8 or 4; null: full precision
     shared_ffn_dim: int = 0  # hidden width of the shared expert that sees every token; 0: none
     residual: Residual = Residual.none
     capacity_policy: CapacityPolicy = CapacityPolicy.static
@@ -177,9 +178,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"model.moe.every={self.every}: use 1 for every block, 2 for every second")
         _require(self.last is None or self.last >= 1, f"model.moe.last={self.last}: use 1 or more, or null for all")
+        _require(self.expert_bits in (None, 4, 8), f"model.moe.expert_bits={self.expert_bits}: use 8, 4 or null")
         _require(self.shared_ffn_dim >= 0, f"model.moe.shared_ffn_dim={self.shared_ffn_dim}: use 0 for none")
         _require(self.min_capacity >= 0, f"model.moe.min_capacity={self.min_capacity}: use 0 or more")
         self._check_capacity_policy()
+        self._check_router()
         for key in ("capacity_factor", "eval_capacity_factor", "capacity_bound"):
             value = getattr(self, key)
             _require(
@@ -204,14 +207,13 @@ class MoEConfig:
                 f"model.moe.{key}={value} has no use with capacity_policy={policy.value}: set it to "
                 f"{'null' if default is None else default}, or use another policy",
             )
-        _require(
-            self.capacity_margin > 0, f"model.moe.capacity_margin={self.capacity_margin}: use a positive factor"
-        )
-        _require(
-            policy is not CapacityPolicy.schedule or self.capacity_rounding is CapacityRounding.ceil,
-            f"model.moe.capacity_rounding={self.capacity_rounding.value} has no use with capacity_policy=schedule, "
-            "which rounds up: leave it out",
-        )
+        _require(self.capacity_margin > 0, f"model.moe.capacity_margin={self.capacity_margin}: use a positive factor")
+        if policy is CapacityPolicy.schedule:
+            _require(
+                self.capacity_rounding is CapacityRounding.ceil,
+                f"model.moe.capacity_rounding={self.capacity_rounding.value} has no use with capacity_policy=schedule, "
+                "which rounds up: leave it out",
+            )
 
     def _check_experts(self) -> None:
         _require(

@@ -22,13 +22,17 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts, up_width(ffn_dim, activation), dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
 
+    def begin(self, like: Tensor) -> "ExpertPass":
+        """A pass over rows of the kind of `like`, which may come in several parts."""
+        return ExpertPass(self, like)
+
     def forward(self, rows_RD: Tensor, counts_E: Sequence[int]) -> Tensor:
         """Expert e maps the `counts_E[e]` rows after those of expert e - 1: [R, D] → [R, D]. R may be 0.
 
         Multiplies in autocast's dtype if autocast is on, and returns rows_RD's dtype, so that the sum over a token's
         experts keeps the precision of the residual stream.
         """
-        whole = ExpertPass(self, rows_RD)
+        whole = self.begin(rows_RD)
         whole.open()
         return whole(rows_RD, counts_E)
 

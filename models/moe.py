@@ -14,6 +14,7 @@ from twohop.models.capacity import Capacity
 from twohop.models.config import ModelConfig, Residual
 from twohop.models.experts import ExpertPass, Experts
 from twohop.models.feed_forward import FeedForward
+from twohop.models.quantize import QuantizedExperts
 from twohop.models.routers import Routing, TokenInfo, build_router
 
 
@@ -49,7 +50,8 @@ class MoELayer(nn.Module):
         self.cache: AssignmentCache[MoEStats] | None = None
         if moe.cache.enabled:
             self.cache = AssignmentCache(moe.cache, dispatcher.num_experts)
-        self.experts = Experts(dispatcher.num_local_experts, config.dim, expert_ffn_dim, config.activation)
+        experts = (dispatcher.num_local_experts, config.dim, expert_ffn_dim, config.activation)
+        self.experts = Experts(*experts) if moe.expert_bits is None else QuantizedExperts(*experts, moe.expert_bits)
         self.shared = FeedForward(config.dim, moe.shared_ffn_dim, config.activation) if moe.shared_ffn_dim else None
         self.residual = ResidualBranch(config) if moe.residual is not Residual.none else None
 
@@ -57,7 +59,7 @@ class MoELayer(nn.Module):
         """[B, T, D] → [B, T, D] and the layer's statistics. Collective over the dispatcher's EP group."""
         x_ND = x_BTD.flatten(0, 1)
         planned, stats = self._plan(x_ND, about or TokenInfo(len(x_BTD)))
-        experts = ExpertPass(self.experts, x_ND)
+        experts = self.experts.begin(x_ND)
         y_ND, (shared_ND, dense_ND) = self.dispatcher.follow(
             planned, x_ND, experts, beside=lambda: self._beside(x_ND, experts)
         )
@@ -101,7 +103,7 @@ class MoELayer(nn.Module):
         zero = load_E.sum()
         return MoEStats({}, load_E, zero, zero, zero.double(), zero, zero, zero)
 
-    def _beside(self, x_ND: Tensor, experts: ExpertPass) -> tuple[Tensor | None, Tensor | None]:
+    def _beside(self, x_ND: Tensor, experts: ExpertPass | QuantizedExperts) -> tuple[Tensor | None, Tensor | None]:
         """What needs no exchange and therefore runs beside the first hop: shared expert, dense MLP of the residual.
 
         Its backward runs beside the last exchange of the backward pass; so do the gradients of the experts' weights.

@@ -11,41 +11,79 @@ from torch import Tensor
 
 from twohop.comm import TrafficMeter
 from twohop.models import MoEStats
-from twohop.trainer.world import gather_objects, sum_over_world
+from twohop.trainer.world import gather_objects, max_over_world, sum_over_world
 
 Traffic = dict[str, dict[str, list[int]]]  # level -> phase -> [bytes, messages]
 
 
+SUMMED = ("load_E", "dropped", "need", "repeated", "compared", "replayed")  # of MoEStats
+
+
 class StepTotals:
-    """Sums of losses, expert loads and drops; they stay on the device until `reduce`."""
+    """Sums of losses and of the MoE layers' statistics; they stay on the device until `reduce`."""
 
     def __init__(self, layer_names: list[str]) -> None:
         self._layer_names = layer_names
-        self._experts_by_layer: list[int] = []
+        self._sizes: list[int] = []  # of what is summed of each layer, one after the other
         self._loss_names: list[str] = []
-        self._sums: Tensor | None = None  # fp64 [losses, then load_E and dropped of every layer]
+        self._sums: Tensor | None = None  # fp64 [micro-batches, losses, then SUMMED of every layer]
+        self._rows: Tensor | None = None  # int64 [layers], the largest
 
     def add(self, losses: dict[str, Tensor], moe: tuple[MoEStats, ...]) -> None:
         """Add one micro-batch: each loss summed over its targets."""
         self._loss_names = list(losses)
-        parts = [*losses.values()] + [part for stats in moe for part in (stats.load_E, stats.dropped)]
+        of_layers: list[Tensor] = [getattr(stats, name) for stats in moe for name in SUMMED]
+        self._sizes = [part.numel() for part in of_layers]
+        parts = [torch.ones_like(losses["loss"]), *losses.values(), *of_layers]
         sums = torch.cat([part.detach().reshape(-1).double() for part in parts])
-        self._experts_by_layer = [len(stats.load_E) for stats in moe]
         self._sums = sums if self._sums is None else self._sums + sums
+        if moe:
+            rows = torch.stack([stats.rows for stats in moe])
+            self._rows = rows if self._rows is None else self._rows.maximum(rows)
 
     def reduce(self, num_targets: int) -> dict[str, Any]:
-        """Losses per target, and each layer's loads and drops as fractions, over all ranks. Every rank calls this."""
+        """Losses per target, and what each layer did, over all ranks. Every rank calls this.
+
+        Of a layer: `load` and `dropped` as fractions of its assignments; the largest `capacity` factor that was in use
+        in the step, and the `slots` that a system that pads would have allocated with it for all micro-batches. With
+        an assignment cache also the fraction of micro-batches that were `replayed`, and of assignments that
+        `repeated`, null where there was nothing to compare.
+        """
         assert self._sums is not None
         sum_over_world(self._sums, "losses")
-        sums = self._sums.tolist()
+        if self._rows is not None:
+            max_over_world(self._rows, "capacity")
+        micro_batches, *sums = self._sums.tolist()
         losses = {name: total / num_targets for name, total in zip(self._loss_names, sums, strict=False)}
-        rest = sums[len(losses) :]
-        layers = {}
-        for name, num_experts in zip(self._layer_names, self._experts_by_layer, strict=True):
-            load, dropped, rest = rest[:num_experts], rest[num_experts], rest[num_experts + 1 :]
-            assignments = max(1.0, sum(load))
-            layers[name] = {"load": [n / assignments for n in load], "dropped": dropped / assignments}
-        return losses | {"moe": layers}
+        layers = zip(self._layer_names, self.layers(), strict=True)
+        return losses | {"moe": {name: _record(total, micro_batches) for name, total in layers}}
+
+    @property
+    def micro_batches(self) -> int:
+        """After `reduce`: of all ranks."""
+        assert self._sums is not None
+        return int(self._sums[0])
+
+    def layers(self) -> list[MoEStats]:
+        """After `reduce`: each layer's statistics of the global batch: the largest `rows`, and fp64 sums."""
+        assert self._sums is not None
+        parts = iter(self._sums[1 + len(self._loss_names) :].split(self._sizes))
+        layers = []
+        for rows in [] if self._rows is None else self._rows:
+            summed = {name: next(parts) if name == "load_E" else next(parts)[0] for name in SUMMED}
+            layers.append(MoEStats(losses={}, rows=rows, **summed))
+        return layers
+
+
+def _record(total: MoEStats, micro_batches: float) -> dict[str, Any]:
+    load, rows = total.load_E.tolist(), int(total.rows)
+    assignments, slots = max(1.0, sum(load)), len(load) * rows * micro_batches
+    record = {"load": [n / assignments for n in load], "dropped": float(total.dropped) / assignments}
+    record |= {"capacity": slots / assignments, "slots": int(slots)}
+    if total.compared or total.replayed:
+        record |= {"repeated": float(total.repeated / total.compared) if total.compared else None}
+        record |= {"replayed": float(total.replayed) / micro_batches}
+    return record
 
 
 def traffic_of_world(meter: TrafficMeter) -> Traffic:

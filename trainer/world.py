@@ -113,6 +113,13 @@ def sum_over_world(tensor: torch.Tensor, what: str) -> None:
             dist.all_reduce(tensor)
 
 
+def max_over_world(tensor: torch.Tensor, what: str) -> None:
+    """The largest of all ranks' values, element by element, in place; every rank must call this."""
+    if world_size() > 1:
+        with exchanging(what):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in the order of ranks. Every rank of the world must call this; for small things."""
     if world_size() == 1:

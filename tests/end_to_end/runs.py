@@ -44,7 +44,7 @@ def train_run(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def train_with_bad_data_on_rank_1(directory: Path) -> str:
     """What each rank says when rank 1 cannot read its second batch."""
     run = start(directory, "comm.ep_size=2", "comm.timeout_s=20")
-    read = loop.sample_numbers
+    read = loop.step_numbers
 
     def fail_on_rank_1(*args: Any) -> list[int]:
         if rank() == 1:
@@ -52,11 +52,11 @@ def train_with_bad_data_on_rank_1(directory: Path) -> str:
         return read(*args)
 
     loop.train_step(run, 0)
-    loop.sample_numbers = fail_on_rank_1
+    loop.step_numbers = fail_on_rank_1
     try:
         loop.train(run, 1, "", None, Progress(run.config.train.steps, False))
     except (CommError, OSError) as error:
         return str(error)
     finally:
-        loop.sample_numbers = read
+        loop.step_numbers = read
     return ""

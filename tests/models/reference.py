@@ -34,10 +34,13 @@ class ReferenceDispatcher:
         y_ND = rows_RD.new_zeros(dispatched.num_tokens, rows_RD.shape[1])
         return y_ND.index_add(0, dispatched.token_R, weighted_RD)
 
-    def run(
-        self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, experts: Any, beside: Callable[[], Any]
+    def plan(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+        return ids_NK, weights_NK
+
+    def follow(
+        self, planned: tuple[Tensor, Tensor], x_ND: Tensor, experts: Any, beside: Callable[[], Any]
     ) -> tuple[Tensor, Any]:
-        dispatched, beside_output = self.dispatch(x_ND, ids_NK, weights_NK), beside()
+        dispatched, beside_output = self.dispatch(x_ND, *planned), beside()
         return self.combine(experts(dispatched.rows, dispatched.counts), dispatched), beside_output
 
 

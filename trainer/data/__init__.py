@@ -9,7 +9,7 @@ from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.trainer.data.build import Data, build_data, prepare
-    from twohop.trainer.data.order import sample_index, sample_numbers
+    from twohop.trainer.data.order import sample_index, sample_numbers, step_numbers
     from twohop.trainer.data.samples import IGNORED, Batch, Samples
     from twohop.trainer.data.tokenizer import Tokenizer, load_tokenizer
     from twohop.trainer.data.tokens import TokenWindows
@@ -26,6 +26,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     "sample_index": "order",
     "sample_numbers": "order",
+    "step_numbers": "order",
 }
 __all__ = [
     "IGNORED",
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "sample_index",
     "sample_numbers",
+    "step_numbers",
 ]
 
 

@@ -8,6 +8,17 @@ from functools import lru_cache
 
 import numpy as np
 
+from twohop.trainer.config import DataOrder
+
+
+def step_numbers(order: DataOrder, seed: int, step: int, size: int, num_samples: int) -> list[int]:
+    """The samples of the global batch of `step`, counted from 0, which holds `size` of them."""
+    if order is DataOrder.samples:
+        return sample_numbers(seed, step * size, size, num_samples)
+    # The batches are those of the first epoch in order of samples; every epoch is a permutation of them.
+    batch = sample_index(seed, step, num_samples // size)
+    return sample_numbers(seed, batch * size, size, num_samples)
+
 
 def sample_index(seed: int, global_sample: int, num_samples: int) -> int:
     """The sample in [0, num_samples) that is the `global_sample`-th of the whole training, counted from 0.

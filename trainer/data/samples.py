@@ -18,8 +18,9 @@ class Batch(NamedTuple):
     targets: Tensor  # int64, the shape of the model's logits without their last dimension; IGNORED: none wanted
 
     def to(self, device: object) -> "Batch":
-        """The same on a device."""
-        return Batch({name: x.to(device) for name, x in self.inputs.items()}, self.targets.to(device))  # type: ignore[call-overload]
+        """The same on a device, but for the samples' numbers, which are read on the host alone."""
+        inputs = {name: x if name == "sample_B" else x.to(device) for name, x in self.inputs.items()}  # type: ignore[call-overload]
+        return Batch(inputs, self.targets.to(device))  # type: ignore[call-overload]
 
 
 class Samples(Protocol):
