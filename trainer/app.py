@@ -106,6 +106,10 @@ def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any],
         application()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, schema)) from None
+    except AssertionError as error:
+        if "Unexpected type for root: NoneType" not in str(error):
+            raise
+        raise ConfigError(_explain_null(args, schema)) from None  # OmegaConf has no better word for it
     finally:
         sys.argv = argv
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -147,6 +151,16 @@ def explain(error: Exception, schema: type) -> str:
         line for line in lines if line and not re.match(r"full_key:|object_type=|reference_type=|See https", line)
     ]
     return ": ".join(wanted)
+
+
+def _explain_null(args: Iterable[str], schema: type) -> str:
+    """One line for an override of a key in a group that is null."""
+    tree = OmegaConf.structured(schema)
+    for arg in args:
+        for group in (key for key in _keys(tree) if OmegaConf.select(tree, key) is None):
+            if arg.startswith(f"{group}."):
+                return f"{arg}: {group} is null here, so nothing in it can be changed: choose a preset that sets it"
+    raise AssertionError(args)
 
 
 def _suggest_key(key: str, schema: type) -> str:

@@ -15,8 +15,9 @@ from twohop.trainer.errors import UserError, WorkerError
 
 COMMANDS = {
     "train": "train a model; starts its own worker processes, or joins torchrun's",
-    "evaluate": "validation loss and perplexity of a run: run=DIR",
+    "evaluate": "validation loss, perplexity and accuracy of a run: run=DIR",
     "generate": "text from the model of a run: run=DIR generate.prompt='def '",
+    "export": "the model of a run for other programs, such as transformers: run=DIR out=DIR",
     "prepare": "write memory-mapped token files: data=text data.files=book.txt out=DIR",
     "report": "write report.html of a run: run=DIR",
     "bench": "time every way to carry tokens, against the cost model: bench dispatch launch.nproc=4",

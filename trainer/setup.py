@@ -20,7 +20,7 @@ from twohop.comm import (
 from twohop.models import ModelConfig, MoEModel, build_model, parameter_counts
 from twohop.models.build import MakeDispatcher
 from twohop.trainer.checkpoint import CheckpointStore, load_tensors
-from twohop.trainer.config import CommConfig, Config
+from twohop.trainer.config import CommConfig, Config, DataOrder
 from twohop.trainer.data import Data, build_data
 from twohop.trainer.distill import Teacher, teacher_config
 from twohop.trainer.engines import Engine, build_engine
@@ -89,6 +89,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
     config = _sized(config, data)
     _check_images(config, data)
+    _check_order(config, data)
     meter = TrafficMeter()
     try:
         topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
@@ -136,7 +137,7 @@ def _load_teacher(model: MoEModel, config: Config, data: Data, directory: Path) 
             f"distill.teacher={directory} was trained on other data or with another tokenizer: "
             "use its data settings, or a teacher of this data"
         )
-    load_tensors(checkpoint, model_tensors(model), model_identity(config))
+    load_tensors(checkpoint, model_tensors(model), weights_identity(config))
 
 
 def _auto_options(config: Config, topology: Topology, directory: Path) -> AutoOptions:
@@ -189,6 +190,14 @@ def _num_tasks(config: Config, data: Data) -> int | None:
     if size is not None and size < wanted:
         raise ConfigError(f"model.num_tasks={size} is less than the {wanted} tasks of the data: raise it, or use null")
     return size
+
+
+def _check_order(config: Config, data: Data) -> None:
+    if config.data.order is DataOrder.batches and len(data.train) < config.train.global_batch:
+        raise ConfigError(
+            f"data.order=batches: the {len(data.train)} samples of the training split make no batch of "
+            f"train.global_batch={config.train.global_batch}: lower it, or use data.order=samples"
+        )
 
 
 def _sized(config: Config, data: Data) -> Config:

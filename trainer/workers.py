@@ -12,11 +12,13 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from twohop.models.quantize import quantize_experts
 from twohop.trainer.checkpoint import load_tensors
-from twohop.trainer.config import Config
+from twohop.trainer.config import Config, ExportConfig
 from twohop.trainer.errors import CheckpointError, UserError
 from twohop.trainer.evaluate import Evaluation
 from twohop.trainer.evaluate import evaluate as evaluate_model
+from twohop.trainer.exporters import EXPORTERS
 from twohop.trainer.generate import generate_text, sample_text
 from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train as train_model
@@ -25,7 +27,7 @@ from twohop.trainer.plots import format_bytes
 from twohop.trainer.progress import Progress
 from twohop.trainer.report import write_report
 from twohop.trainer.run_folder import open_run, write_config
-from twohop.trainer.setup import Run, model_identity, set_up
+from twohop.trainer.setup import Run, set_up, weights_identity
 from twohop.trainer.totals import add_pairs, add_traffic
 from twohop.trainer.trackers import build_trackers
 from twohop.trainer.world import gather_objects, join_world, leave_world, rank, say
@@ -59,6 +61,8 @@ def evaluate(config: Config, directory: Path) -> dict[str, Any]:
     with _world(config) as device:
         run = set_up(config, directory, device)
         step = _load_model(run)
+        if config.eval.expert_bits is not None:
+            quantize_experts(run.model, config.eval.expert_bits)
         record = evaluate_model(run).record()
         say(f"step {step}: validation loss {_in_words(record, run.data.unit)}")
         return {"step": step, **record}
@@ -72,6 +76,14 @@ def generate(config: Config, directory: Path) -> dict[str, Any]:
         text = generate_text(run, config.generate)
         say(text)
         return {"text": text}
+
+
+def export(config: ExportConfig, directory: Path) -> dict[str, Any]:
+    """The model of a run's newest checkpoint in the form `config.format`."""
+    with _world(config) as device:
+        run = set_up(config, directory, device)
+        _load_model(run)
+        return EXPORTERS[config.format](run, config)
 
 
 @contextmanager
@@ -120,7 +132,7 @@ def _load_model(run: Run) -> int:
     checkpoint = run.checkpoints.latest()
     if checkpoint is None:
         raise CheckpointError(f"run={run.directory}: {run.checkpoints.directory} holds no checkpoint; train it first")
-    load_tensors(checkpoint, run.engine.model_state(), model_identity(run.config))
+    load_tensors(checkpoint, run.engine.model_state(), weights_identity(run.config))
     return checkpoint.step
 
 

@@ -21,11 +21,20 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from twohop.models import parameter_counts
 from twohop.trainer import workers
 from twohop.trainer.app import to_config
 from twohop.trainer.config import Config
 from twohop.trainer.run_folder import read_config
 from twohop.trainer.validate import validate
+
+# A language model of bytes that trains in less than a minute on one core: what the studies on text share.
+SMALL_LM = (
+    "model=dense", "model.dim=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_dim=256",
+    "model.vocab_size=256", "data=stdlib", "train.steps=300", "train.seq_len=128", "train.global_batch=16",
+    "train.micro_batch=4", "optim.lr=5e-3", "eval.every=0", "eval.batches=16", "checkpoint.every=0",
+    "generate.max_new_tokens=1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,18 @@ def _train_once(options: argparse.Namespace, name: str, seed: int, overrides: li
 
 def evaluate(run: Trained, *overrides: str) -> dict[str, Any]:
     """What `twohop evaluate run=…` returns with these overrides; in this process, which saves a start each time."""
-    stored = read_config(run.folder)
-    alone = ["launch.nproc=1", "comm.ranks_per_node=1", "comm.ep_size=null"]
-    changed = OmegaConf.from_dotlist([*alone, *overrides])
-    config = to_config(OmegaConf.merge(OmegaConf.structured(Config), stored, changed), Config)
-    validate(config, world_size=1)
+    config = configuration(run, "launch.nproc=1", "comm.ranks_per_node=1", "comm.ep_size=null", *overrides)
+    validate(config, world_size=1, training=False)
     with redirect_stdout(sys.stderr):
         return workers.evaluate(config, run.folder)
+
+
+def configuration(run: Trained, *overrides: str) -> Config:
+    """What a run was trained with, and overrides on top."""
+    changed = OmegaConf.from_dotlist(list(overrides))
+    config = to_config(OmegaConf.merge(OmegaConf.structured(Config), read_config(run.folder), changed), Config)
+    assert isinstance(config, Config)
+    return config
 
 
 def values(runs: Sequence[Trained], key: str) -> list[float]:
@@ -93,6 +107,23 @@ def spread(numbers: Sequence[float], digits: int = 4) -> str:
     """`mean ± sample standard deviation`, over seeds."""
     deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
     return f"{statistics.mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def loss_table(variants: dict[str, list[Trained]], **columns: Sequence[str]) -> str:
+    """A row for each variant: its parameters and those a token uses, its validation loss, and that of the first less.
+
+    The difference is taken seed by seed: runs of one seed see the same batches. `columns` come last, by their heads.
+    """
+    baseline = values(next(iter(variants.values())), "valid_loss")
+    rows = []
+    for place, (name, runs) in enumerate(variants.items()):
+        losses = values(runs, "valid_loss")
+        less = [loss - reference for loss, reference in zip(losses, baseline, strict=True)]
+        sizes = [f"{count / 1e6:.2f} M" for count in parameter_counts(configuration(runs[0]).model)]
+        more = [column[place] for column in columns.values()]
+        rows.append([name, *sizes, spread(losses), spread(less) if place else "", *more])
+    heads = ["variant", "parameters", "used by a token", "validation loss", "less the first's", *columns]
+    return table(heads, rows)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
