@@ -215,6 +215,24 @@ class MoEConfig:
                 "which rounds up: leave it out",
             )
 
+    @property
+    def drops_in_training(self) -> bool:
+        """Whether a capacity may drop assignments while training."""
+        factor = self.capacity_factor if self.capacity_policy is CapacityPolicy.static else self.capacity_bound
+        return factor is not None or self.capacity_policy is CapacityPolicy.schedule
+
+    def _check_router(self) -> None:
+        if self.batch_priority is not BatchPriority.off:
+            key = f"model.moe.batch_priority={self.batch_priority.value}"
+            _require(
+                self.drops_in_training or self.eval_capacity_factor is not None,
+                f"{key} has no use without a capacity: set capacity_factor or eval_capacity_factor, or leave it out",
+            )
+            _require(
+                self.batch_priority is not BatchPriority.sum or not self.router.renormalize,
+                f"{key} has no use with model.moe.router.renormalize=true, which makes every sum 1: use max",
+            )
+
     def _check_experts(self) -> None:
         _require(
             any(self.experts) or not self.experts,

@@ -15,7 +15,7 @@ from twohop.comm.wire import FORMATS
 from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
-from twohop.trainer.config import CommConfig, Config, DataConfig, TrainConfig
+from twohop.trainer.config import CommConfig, Config, DataConfig, DataOrder, TrainConfig
 from twohop.trainer.data.build import CORPORA
 from twohop.trainer.data.images import IMAGES
 from twohop.trainer.data.multitask import TASKS
@@ -33,9 +33,9 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     What only training needs is asked for if `training`.
     """
     _check_comm(config.comm)
-    _check_name("engine.name", config.engine.name, ENGINES)
-    _check_name("optim.name", config.optim.name, OPTIMIZERS)
-    _check_name("tracker.name", config.tracker.name, TRACKERS)
+    check_name("engine.name", config.engine.name, ENGINES)
+    check_name("optim.name", config.optim.name, OPTIMIZERS)
+    check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
     if training:
         _check_causal(config.model)
@@ -43,6 +43,9 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     _check_kind(config)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
+    if training:
+        _check_bits(config)
+        _check_cache(config)
     if config.distill.teacher is not None:
         teacher_config(config)
     if config.eval.exit_confidence is not None and config.model.kind is not ModelKind.decoder:
@@ -54,12 +57,34 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
         check_port(config.launch.port)
 
 
+def _check_cache(config: Config) -> None:
+    sides = {"model": config.model} | ({"model.encoder": config.model.encoder_stack} if config.model.encoder else {})
+    for side, model in sides.items():
+        if model.moe.cache.enabled and config.data.order is not DataOrder.batches:
+            raise ConfigError(
+                f"{side}.moe.cache.enabled=true: plans can only be followed again where the same micro-batches come "
+                f"again, not with data.order={config.data.order.value}: add data.order=batches"
+            )
+
+
+def _check_bits(config: Config) -> None:
+    for key, bits in (
+        ("model.moe.expert_bits", config.model.moe.expert_bits),
+        ("eval.expert_bits", config.eval.expert_bits),
+    ):
+        if bits is not None:
+            raise ConfigError(
+                f"{key}={bits}: experts of few bits have no gradients; train without, then "
+                "`twohop evaluate eval.expert_bits` or `twohop export format=quantized`"
+            )
+
+
 def check_data(config: DataConfig) -> None:
     """Raise a ConfigError unless source and files fit together."""
-    _check_name("data.source", config.source, [*CORPORA, "tokens", "multitask", *IMAGES])
+    check_name("data.source", config.source, [*CORPORA, "tokens", "multitask", *IMAGES])
     if config.multitask is not None:
         for name in config.multitask.tasks:
-            _check_name("data.multitask.tasks", name, TASKS)
+            check_name("data.multitask.tasks", name, TASKS)
         return  # its text is that of data.files, or the standard library's
     if config.source in IMAGES:
         for key in ("files", "tokenizer", "max_mib"):
@@ -86,20 +111,21 @@ def _check_kind(config: Config) -> None:
         raise ConfigError(f"model.kind={kind.value} cannot learn from data.source={source}: {cure}")
 
 
-def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+def check_name(key: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ConfigError unless `name`, the value of `key`, is known."""
     names = list(known)
     if name not in names:
         raise ConfigError(f"{key}={name}: unknown{suggest(name, names)}; use one of {', '.join(names)}")
 
 
 def _check_comm(comm: CommConfig) -> None:
-    _check_name("comm.dispatcher", comm.dispatcher, [*ROUTES, "auto"])
+    check_name("comm.dispatcher", comm.dispatcher, [*ROUTES, "auto"])
     for direction in fields(comm.wire):
         hop = getattr(comm.wire, direction.name)
         for kind in fields(hop):
-            _check_name(f"comm.wire.{direction.name}.{kind.name}", getattr(hop, kind.name), FORMATS)
+            check_name(f"comm.wire.{direction.name}.{kind.name}", getattr(hop, kind.name), FORMATS)
     for name in comm.auto_wires:
-        _check_name("comm.auto_wires", name, FORMATS)
+        check_name("comm.auto_wires", name, FORMATS)
     if comm.cost_file is not None:
         try:
             CostModel.load(Path(comm.cost_file).expanduser())
@@ -110,7 +136,7 @@ def _check_comm(comm: CommConfig) -> None:
 def _check_router(config: Config) -> None:
     model, tasks = config.model, config.data.multitask.tasks if config.data.multitask else []
     for side in (model, *([model.encoder_stack] if model.encoder else [])):
-        _check_name("model.moe.router.name", side.moe.router.name, ROUTERS)
+        check_name("model.moe.router.name", side.moe.router.name, ROUTERS)
         try:
             with torch.device("meta"):  # no memory: only what its constructor refuses is of interest
                 for experts in set(side.experts_by_layer):
@@ -130,7 +156,7 @@ def _check_causal(model: ModelConfig) -> None:
     # The sentence router of an encoder-decoder's decoder looks at the source.
     looks_ahead = "" if model.encoder is not None and moe.router.name == "sentence" else router.looks_ahead
     reasons = {f"model.moe.router.name={moe.router.name}": looks_ahead}
-    if moe.capacity_factor is not None and moe.batch_priority is not BatchPriority.off:
+    if moe.drops_in_training and moe.batch_priority is not BatchPriority.off:
         reasons[f"model.moe.batch_priority={moe.batch_priority.value}"] = "tokens are ranked across the micro-batch"
     for key, reason in reasons.items():
         if reason:

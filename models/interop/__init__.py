@@ -20,7 +20,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (Mixtral(
 # Keys of `ModelConfig` that change neither weights nor logits: how to begin, how to train, and what to call it.
 _FREE = {"name", "max_seq_len", "init_std"}
 _FREE_MOE = {"capacity_factor", "eval_capacity_factor", "capacity_rounding", "min_capacity", "batch_priority"}
-_FREE_MOE |= {"allow_non_causal"}
+_FREE_MOE |= {"allow_non_causal", "capacity_policy", "capacity_bound", "capacity_margin", "cache"}
 _FREE_ROUTER = {"jitter", "noise", "bias_rate", "load_balance_over"}  # and every loss
 
 
