@@ -28,6 +28,7 @@ class Source(NamedTuple):
     """What the encoder made of the sources."""
 
     states_BSD: Tensor
+    rope: Rope  # angles of their positions
     mask_BS: Tensor  # bool, False: padding
     task_B: Tensor | None
     sentence_BD: Tensor  # mean state of each source: what a sentence-level gate of the decoder sees
@@ -139,7 +140,7 @@ class EncoderDecoder(MoEModel):
             moe += [stats] if stats is not None else []
         states_BSD = self.encoder_norm(x_BSD)
         total_BD = (states_BSD * mask_BS[..., None]).sum(1)
-        return Source(states_BSD, mask_BS, task_B, total_BD / source_length_B[:, None], tuple(moe))
+        return Source(states_BSD, rope, mask_BS, task_B, total_BD / source_length_B[:, None], tuple(moe))
 
     def decode(
         self,
@@ -160,8 +161,9 @@ class EncoderDecoder(MoEModel):
             own, kept = cache[i] if cache else (None, None)
             x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD), rope, own)
             h_BTD = block.cross_norm(x_BTD)
+            # Positions of both sides are counted alike: a query finds by its own position what stands there, or near.
             x_BTD = x_BTD + block.cross_attention(
-                h_BTD, cache=kept, memory_BSD=source.states_BSD, key_mask_BS=source.mask_BS
+                h_BTD, rope, kept, source.states_BSD, source.mask_BS, memory_rope=source.rope
             )
             x_BTD, stats = block.feed(x_BTD, about, mask_BT)
             moe += [stats] if stats is not None else []

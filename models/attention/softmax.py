@@ -26,6 +26,7 @@ class Attention(AttentionBase):
         cache: KVCache | None = None,
         memory_BSD: Tensor | None = None,
         key_mask_BS: Tensor | None = None,
+        memory_rope: Rope | None = None,
     ) -> Tensor:
         """[B, T, D] → [B, T, D].
 
@@ -34,21 +35,17 @@ class Attention(AttentionBase):
             rope: angles of these positions; None: no rotation.
             cache: x holds the positions after those in the cache, which grows by them. With `memory_BSD`, the cache
                 keeps the memory's keys and values after the first call.
-            memory_BSD: the states that are attended to in place of x; they are not rotated.
+            memory_BSD: the states that are attended to in place of x.
             key_mask_BS: bool, False for keys that nobody sees, such as padding; S counts all positions of the cache.
-
-        Raises:
-            ValueError: `rope` is given for the states of another sequence.
+            memory_rope: angles of the memory's positions, which are counted in its own sequence.
         """
-        if memory_BSD is not None and rope is not None:
-            raise ValueError("rope is given for states of another sequence, which has positions of its own: use None")
         q = rotate(self.queries(x_BTD), rope)
         first_query = cache.length if cache is not None and memory_BSD is None else 0
         if cache is not None and cache.length and memory_BSD is not None:
             k, v = cache.kept()
         else:
             k, v = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
-            k = rotate(k, rope)
+            k = rotate(k, rope if memory_BSD is None else memory_rope)
             if cache is not None:
                 k, v = cache.append(k, v)
         num_keys = k.shape[2]
