@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from twohop import models
-from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+from twohop.models.config import BatchPriority, ModelConfig, MoEConfig, RouterConfig
 from twohop.models.layer_counts import expert_counts
 
 
@@ -24,6 +24,19 @@ from twohop.models.layer_counts import expert_counts
         (lambda: MoEConfig(capacity_factor=0.0), r"moe.capacity_factor=0.0: use a positive factor, or null"),
         (lambda: MoEConfig(eval_capacity_factor=-1.0), r"moe.eval_capacity_factor=-1.0"),
         (lambda: MoEConfig(min_capacity=-1), r"moe.min_capacity=-1"),
+        (lambda: RouterConfig(noise=-1.0), r"router.noise=-1.0: use 0 for none"),
+        (lambda: RouterConfig(bias_rate=-1.0), r"router.bias_rate=-1.0: use 0 for none"),
+        (lambda: RouterConfig(scale=0.0), r"router.scale=0.0: use a positive factor"),
+        (lambda: RouterConfig(iterations=0), r"router.iterations=0: use 1 or more"),
+        (lambda: RouterConfig(groups=2, top_groups=3), r"router.top_groups=3: use a number from 1 to groups=2"),
+        (lambda: RouterConfig(importance_loss=-1.0), r"router.importance_loss=-1.0: a loss weight is at least 0"),
+        (lambda: MoEConfig(batch_priority=BatchPriority.max), r"batch_priority=max has no use without a capacity"),
+        (
+            lambda: MoEConfig(
+                capacity_factor=1.0, batch_priority=BatchPriority.sum, router=RouterConfig(renormalize=True)
+            ),
+            r"batch_priority=sum has no use with .*renormalize=true, which makes every sum 1: use max",
+        ),
         (lambda: MoEConfig(shared_ffn_dim=-1), r"moe.shared_ffn_dim=-1"),
         (lambda: ModelConfig(dim=0), r"model.dim=0: use a positive number"),
         (lambda: ModelConfig(dim=100, num_heads=3), r"model.num_heads=3 does not divide model.dim=100"),
