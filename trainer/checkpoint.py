@@ -70,13 +70,13 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
         try:
-            _together(lambda: _make_empty(unfinished), only_rank_0=True)
+            together(lambda: _make_empty(unfinished), only_rank_0=True)
             _write_tensors(state, unfinished)
-            hashed = _together(lambda: _checksums(unfinished, _share(os.listdir(unfinished))))
+            hashed = together(lambda: _checksums(unfinished, _share(os.listdir(unfinished))))
             files = {name: entry for part in hashed for name, entry in part.items()}
-            _together(lambda: finish(files), only_rank_0=True)
+            together(lambda: finish(files), only_rank_0=True)
         except CheckpointError as error:
-            _together(lambda: shutil.rmtree(unfinished, ignore_errors=True), only_rank_0=True)
+            together(lambda: shutil.rmtree(unfinished, ignore_errors=True), only_rank_0=True)
             earlier = gather_objects(self._found())[0]
             kept = f"the earlier checkpoint {earlier[0]} is whole" if earlier else "there is no earlier checkpoint"
             raise CheckpointError(f"cannot write {final}: {error}; {kept}") from None
@@ -162,7 +162,7 @@ def _verified(path: Path) -> Checkpoint:
             _MetadataUnpickler(file).load()
         return checkpoint
 
-    return _together(verify)[0]
+    return together(verify)[0]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -192,8 +192,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _together(action: Callable[[], Any], only_rank_0: bool = False) -> list[Any]:
-    """Run `action` on every rank, or on rank 0 alone; all ranks get all results, or raise the first error."""
+def together(action: Callable[[], Any], only_rank_0: bool = False) -> list[Any]:
+    """Run `action` on every rank, or on rank 0 alone; all ranks get all results, or raise the first error.
+
+    An OSError of any rank is a CheckpointError on all. Every rank must call this.
+    """
     result, problem = None, None
     if rank() == 0 or not only_rank_0:
         try:

@@ -285,9 +285,11 @@ class EvalConfig:
     every: int = 100  # steps; 0: only at the end
     batches: int = 8  # global batches an evaluation; 0: the whole validation split
     exit_confidence: float | None = None  # a token leaves after the block where the head is surer than this; null: none
+    expert_bits: int | None = None  # `evaluate` rounds the experts' weights to 8 or 4 bits; null: as they are
 
     def __post_init__(self) -> None:
         _require_at_least(0, "eval", self, "every", "batches")
+        _require(self.expert_bits in (None, 4, 8), f"eval.expert_bits={self.expert_bits}: use 8, 4 or null")
         _require(
             self.exit_confidence is None or 0 <= self.exit_confidence < 1,
             f"eval.exit_confidence={self.exit_confidence}: use a probability in [0, 1), or null for the whole model",
@@ -396,6 +398,45 @@ class Config:
     init: InitConfig = field(default_factory=InitConfig)
     resume: str | None = None  # null | auto | a run folder
     seed: int = 0
+
+
+class TensorType(Enum):
+    """The type of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class ExportConfig(Config):
+    """Everything `twohop export` needs: a stored run, and what to make of its model."""
+
+    format: str = "hf"
+    out: str | None = None  # the folder to write
+    dtype: TensorType = TensorType.fp32
+    shard_mib: float = 4096.0  # hf: size of a safetensors file, at most
+    task: str | None = None  # task: which of the run's tasks to cut out
+    experts: Any = None  # pruned: how many experts stay in each MoE layer, or one number for all. A list once validated
+    merge: bool = False  # pruned: average the other experts into those that stay
+    bits: int = 8  # quantized: of an expert's weight, 8 or 4
+
+    def __post_init__(self) -> None:
+        _require(self.shard_mib > 0, f"shard_mib={self.shard_mib}: use a positive number of MiB")
+        _require(
+            self.format != "task" or self.task is not None,
+            "format=task needs to know which of the run's tasks to cut out: add task=NAME",
+        )
+        self.experts = _listed(self.experts, int, "experts", "a number, or a list with one for each MoE layer")
+        _require(self.format != "pruned" or bool(self.experts), "experts is not set: say how many of them stay")
+        _require(self.bits in (4, 8), f"bits={self.bits}: use 8 or 4")
+        users = {"shard_mib": "hf", "task": "task", "experts": "pruned", "merge": "pruned", "bits": "quantized"}
+        for key, format in users.items():
+            unset = [] if key == "experts" else getattr(type(self), key)
+            value = getattr(self, key)
+            _require(
+                self.format == format or value == unset,
+                f"{key}={value} has no use with format={self.format}: add format={format}, or leave it out",
+            )
 
 
 @dataclass

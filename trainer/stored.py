@@ -1,6 +1,8 @@
 """Commands on a run that exists: `run=DIR` names its folder, and its config.yaml is what overrides are laid over."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
@@ -14,13 +16,21 @@ from twohop.trainer.validate import validate
 WITHOUT_RUN = ("-h", "--help", "--hydra-help", "--version")
 
 
-def run_stored(command: str, args: list[str], worker: str) -> int:
+def run_stored(
+    command: str,
+    args: list[str],
+    worker: str,
+    schema: type[Config] = Config,
+    check: Callable[[Any], None] | None = None,
+) -> int:
     """Run `worker` on a stored run's configuration; return the exit code.
 
     Args:
         command: also the primary configuration, configs/<command>.yaml, which includes `stored_run`.
         args: with `run=DIR` among Hydra's arguments.
         worker: `"module:function"`, called on every rank as `worker(config, run_dir)`.
+        schema: `Config`, or a subclass with keys of this command.
+        check: refuses impossible values of these keys with a ConfigError.
     """
     helping = any(arg in WITHOUT_RUN for arg in args)
     run_dir, overrides = (Path(), args) if helping else take_run(command, args)
@@ -30,10 +40,12 @@ def run_stored(command: str, args: list[str], worker: str) -> int:
     def task(config: Config, sweep_dir: Path | None) -> float | None:
         config.init = InitConfig()  # its weights are in the checkpoint
         config.distill = DistillConfig()  # a teacher teaches in training alone, and may be gone by now
+        if check is not None:
+            check(config)
         validate(config, world_size(config.launch), training=False)
         return start(worker, config, run_dir).get("valid_loss")
 
-    return run_app(command, Config, overrides, task)
+    return run_app(command, schema, overrides, task)
 
 
 def take_run(command: str, args: list[str]) -> tuple[Path, list[str]]:

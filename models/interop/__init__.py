@@ -5,6 +5,7 @@ A new family is one file and one line in `FAMILIES`.
 
 import json
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def fit_family(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 def differences(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (our value, their value)} of every key that decides weights or logits and differs."""
     a, b = _deciding(ours), _deciding(theirs)
-    return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
+    return {key: (_plain(a[key]), _plain(b[key])) for key in a if key in b and a[key] != b[key]}
 
 
 def _deciding(config: ModelConfig) -> dict[str, Any]:
@@ -93,6 +94,10 @@ def _deciding(config: ModelConfig) -> dict[str, Any]:
     known |= {f"model.moe.{key}": value for key, value in moe.items() if key not in {*_FREE_MOE, "experts", "every"}}
     deciding = {key: value for key, value in router.items() if key not in _FREE_ROUTER and not key.endswith("_loss")}
     return known | {f"model.moe.router.{key}": value for key, value in deciding.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _describe(config: ModelConfig) -> str:
