@@ -1,5 +1,6 @@
 """Text from a run's model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ def sample_text(run: Run) -> str | None:
     Every rank of the world must call this.
     """
     if isinstance(run.model, EncoderDecoder):
-        return _sample_translations(run)
+        return _sample_translations(run, run.model)
     if not isinstance(run.model, Transformer) or run.data.tokenizer is None:
         return None
     return generate_text(run, fit_to_context(run, run.config.generate))
@@ -34,7 +35,7 @@ def generate_text(run: Run, config: GenerateConfig) -> str:
     """
     tokenizer = _tokenizer(run)
     if isinstance(run.model, EncoderDecoder):
-        return _translate_text(run, run.model, config)
+        return _translate_prompt(run, run.model, config)
     if config.task is not None:
         kind = run.config.model.kind.value
         raise ConfigError(f"generate.task={config.task} has no use with model.kind={kind}: leave it out")
@@ -50,34 +51,44 @@ def generate_text(run: Run, config: GenerateConfig) -> str:
     return tokenizer.decode(ids_BT[0].tolist())
 
 
-def _translate_text(run: Run, model: EncoderDecoder, config: GenerateConfig) -> str:
-    tokenizer = _tokenizer(run)
+def translate_texts(
+    model: EncoderDecoder, tokenizer: Tokenizer, tasks: Sequence[int], texts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """What an encoder-decoder makes of each text for the task of that number, greedily; see `translate`.
+
+    Raises ValueError for a text, with its task's token, that is longer than the model's max_seq_len.
+    """
+    device = next(model.parameters()).device
+    sources = [torch.tensor(encode_source(tokenizer, *pair)) for pair in zip(tasks, texts, strict=True)]
+    source_BS = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True).to(device)
+    lengths_B = torch.tensor([len(source) for source in sources], device=device)
+    room = min(max_new_tokens, model.config.max_seq_len)
+    end = tokenizer.end_of_document
+    ids_BT = translate(model, source_BS, lengths_B, torch.tensor(tasks, device=device), room, end)
+    # A model may also write the tokens of tasks, which are no text.
+    return [tokenizer.decode(i for i in ids if i < tokenizer.vocab_size) for ids in ids_BT.tolist()]
+
+
+def _translate_prompt(run: Run, model: EncoderDecoder, config: GenerateConfig) -> str:
     if config.task not in run.data.tasks:
         raise ConfigError(f"generate.task={config.task}: use one of the run's tasks, {', '.join(run.data.tasks)}")
     task = run.data.tasks.index(config.task)
-    source_1S = torch.tensor([encode_source(tokenizer, task, config.prompt)], device=run.device)
-    length_1, task_1 = torch.tensor([source_1S.shape[1]], device=run.device), torch.tensor([task], device=run.device)
-    room = min(config.max_new_tokens, model.config.max_seq_len)
     try:
         with run.engine.autocast():
-            ids_1T = translate(model, source_1S, length_1, task_1, room, tokenizer.end_of_document)
+            return translate_texts(model, _tokenizer(run), [task], [config.prompt], config.max_new_tokens)[0]
     except ValueError as error:
         raise ConfigError(f"generate.prompt: {error}") from None
-    return tokenizer.decode(ids_1T[0].tolist())
 
 
-def _sample_translations(run: Run) -> str:
-    """A line of the validation split for each task: what the model makes of the first samples."""
-    assert isinstance(run.model, EncoderDecoder)
-    tokenizer, batch = _tokenizer(run), run.data.valid.batch(range(len(run.data.tasks))).to(run.device)
-    inputs = [batch.inputs[name] for name in ("source_BS", "source_length_B", "task_B")]
+def _sample_translations(run: Run, model: EncoderDecoder) -> str:
+    """A line of the validation split for each task, and what the model makes of it."""
+    tokenizer, inputs = _tokenizer(run), run.data.valid.batch(range(len(run.data.tasks))).inputs
+    tasks, lengths = inputs["task_B"].tolist(), inputs["source_length_B"].tolist()
+    texts = [tokenizer.decode(ids[1:n]) for ids, n in zip(inputs["source_BS"].tolist(), lengths, strict=True)]
     with run.engine.autocast():
-        ids_BT = translate(run.model, *inputs, run.config.train.seq_len, tokenizer.end_of_document)
-    lines = []
-    for source, length, task, ids in zip(*(x.tolist() for x in (*inputs, ids_BT)), strict=True):
-        text, result = tokenizer.decode(source[1:length]), tokenizer.decode(ids)
-        lines.append(f"{run.data.tasks[task]}: {text} → {result}")
-    return "\n".join(lines)
+        results = translate_texts(model, tokenizer, tasks, texts, run.config.train.seq_len)
+    triples = zip(tasks, texts, results, strict=True)
+    return "\n".join(f"{run.data.tasks[task]}: {text} → {result}" for task, text, result in triples)
 
 
 def fit_to_context(run: Run, config: GenerateConfig) -> GenerateConfig:
