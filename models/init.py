@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twohop.models.base import MoEModel
 from twohop.models.build import expert_parameters
@@ -29,19 +30,29 @@ def init_weights(model: MoEModel, seed: int) -> None:
         elif name.endswith((".bias", ".attention.span")):  # a span of 0 positions is where learning starts
             parameter.zero_()
         elif name in experts:
-            first_expert = experts[name].dispatcher.first_expert
-            for i, matrix in enumerate(parameter):
-                _fill_normal(matrix, std, f"{seed}/{name}/{first_expert + i}")
+            first = experts[name].dispatcher.first_expert
+            keys = [f"{seed}/{name}/{expert}" for expert in range(first, first + len(parameter))]
+            assign(parameter, torch.stack([_normal(parameter.shape[1:], std, key) for key in keys]))
         else:
-            _fill_normal(parameter, std, f"{seed}/{name}")
+            assign(parameter, _normal(parameter.shape, std, f"{seed}/{name}"))
     for name, layer in model.moe_layers():
         layer.router.init_buffers(_generator(f"{seed}/{name}.router"))
         layer.capacity.init_buffers()
 
 
-def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
-    """Draws on the CPU in fp32, so that device and dtype do not change the weights beyond rounding."""
-    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=_generator(key)))
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter to `value`, or this rank's share of one that is a DTensor. No communication."""
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device)
+        shared = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter, value = parameter.to_local(), shared.to_local()
+    parameter.copy_(value)
+
+
+def _normal(shape: torch.Size, std: float, key: str) -> Tensor:
+    """Drawn on the CPU in fp32, so that device and dtype do not change the weights beyond rounding."""
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(key))
 
 
 def _generator(key: str) -> torch.Generator:

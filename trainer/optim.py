@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.config import OptimConfig
@@ -19,17 +21,22 @@ def build_optimizer(model: MoEModel, config: OptimConfig) -> torch.optim.Optimiz
     if config.name not in OPTIMIZERS:
         raise ConfigError(f"optim.name={config.name} is unknown: use one of {sorted(OPTIMIZERS)}")
     experts = expert_parameters(model)
-    groups: dict[tuple[bool, bool], dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         is_expert = name in experts
         decays = parameter.dim() - is_expert >= 2
         peak_lr = config.lr * (config.expert_lr_scale if is_expert else 1.0)
         group = groups.setdefault(
-            (is_expert, decays),
+            (is_expert, decays, _mesh(parameter)),
             {"params": [], "peak_lr": peak_lr, "lr": peak_lr, "weight_decay": config.weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
     return OPTIMIZERS[config.name](list(groups.values()), config)
+
+
+def _mesh(parameter: torch.nn.Parameter) -> DeviceMesh | None:
+    """An update of many parameters at once wants all of them on one mesh, or all whole."""
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -6,7 +6,7 @@ what lets a checkpoint be read by any other number of ranks or EP size.
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from twohop.comm import Topology
 from twohop.models import MoEModel, expert_parameters
@@ -43,4 +43,7 @@ def optimizer_tensors(model: MoEModel, optimizer: torch.optim.Optimizer) -> dict
 def _global_tensor(local: Tensor, topology: Topology | None) -> Tensor:
     if topology is None or topology.mesh is None:
         return local
-    return DTensor.from_local(local, topology.mesh, [Replicate(), Shard(0)], run_check=False)
+    replicas: Placement = Replicate()
+    if isinstance(local, DTensor):  # shared out among the EDP group, along another dimension than the experts
+        (replicas,), local = local.placements, local.to_local()
+    return DTensor.from_local(local, topology.mesh, [replicas, Shard(0)], run_check=False)

@@ -36,20 +36,23 @@ def one_process(directory: Path) -> runs.Curve:
 
 
 @pytest.mark.parametrize(
-    ("nproc", "ep_size"),
+    ("nproc", "ep_size", "engine"),
     [
-        (2, "1"),
-        (2, "2"),
-        (4, "1"),  # data parallel 4
-        (4, "2"),
-        (4, "4"),
-        (4, "[2,4]"),  # every layer with its own groups, as in a PR-MoE pyramid
+        (2, "1", "ddp"),
+        (2, "2", "ddp"),
+        (4, "1", "ddp"),  # data parallel 4
+        (4, "2", "ddp"),
+        (4, "4", "ddp"),
+        (4, "[2,4]", "ddp"),  # every layer with its own groups, as in a PR-MoE pyramid
+        (1, "1", "fsdp"),
+        (2, "1", "fsdp"),
+        (4, "[2,4]", "fsdp"),
     ],
 )
 def test_loss_and_gradient_norm_do_not_depend_on_the_world(
-    directory: Path, one_process: runs.Curve, nproc: int, ep_size: str
+    directory: Path, one_process: runs.Curve, nproc: int, ep_size: str, engine: str
 ) -> None:
-    found = curves(directory, nproc, f"comm.ep_size={ep_size}")
+    found = curves(directory, nproc, f"comm.ep_size={ep_size}", f"engine.name={engine}")
     for curve, _ in found:
         assert curve == found[0][0]  # all ranks report the same bits
     for step, (ours, theirs) in enumerate(zip(found[0][0], one_process, strict=True)):

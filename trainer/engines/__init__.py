@@ -9,6 +9,7 @@ from torch import Tensor
 from twohop.models import MoEModel
 from twohop.trainer.config import Config
 from twohop.trainer.engines.ddp import DdpEngine
+from twohop.trainer.engines.fsdp import FsdpEngine
 from twohop.trainer.errors import ConfigError
 
 
@@ -25,8 +26,8 @@ class Engine(Protocol):
         """The precision in which forward passes run."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch. Every rank of the world must call this equally often."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradients of one micro-batch, the `last` of a step or not. Collective over the world."""
         ...
 
     def step(self, lr_factor: float) -> float:
@@ -46,7 +47,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: dict[str, Callable[[MoEModel, Config], Engine]] = {"ddp": DdpEngine}
+ENGINES: dict[str, Callable[[MoEModel, Config], Engine]] = {"ddp": DdpEngine, "fsdp": FsdpEngine}
 
 
 def build_engine(model: MoEModel, config: Config) -> Engine:
