@@ -109,6 +109,9 @@ def _check_kind(config: Config) -> None:
         fitting = next((name for name, other in special.items() if other is kind), "stdlib")
         cure = cures.get(wanted, f"add data={fitting}")
         raise ConfigError(f"model.kind={kind.value} cannot learn from data.source={source}: {cure}")
+    router = config.model.moe.router.name
+    if kind is ModelKind.vit and "vocab_size" in ROUTERS[router].sizes:
+        raise ConfigError(f"model.moe.router.name={router}: patches have no ids in a vocabulary; use noisy")
 
 
 def check_name(key: str, name: str, known: Iterable[str]) -> None:
