@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from twohop.trainer.validate import validate
 
 # A language model of bytes that trains in less than a minute on one core: what the studies on text share.
 SMALL_LM = (
-    "model=dense", "model.dim=64", "model.num_layers=4", "model.num_heads=4", "model.ffn_dim=256",
-    "model.vocab_size=256", "data=stdlib", "train.steps=300", "train.seq_len=128", "train.global_batch=16",
+    "model=dense", "model.dim=64", "model.num_layers=4", "model.ffn_dim=128", "model.vocab_size=256",
+    "model.moe.every=1", "data=stdlib", "train.steps=250", "train.seq_len=128", "train.global_batch=16",
     "train.micro_batch=4", "optim.lr=5e-3", "eval.every=0", "eval.batches=16", "checkpoint.every=0",
     "generate.max_new_tokens=1",
 )  # fmt: skip
+Variants = dict[str, list["Trained"]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def spread(numbers: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def loss_table(variants: dict[str, list[Trained]], **columns: Sequence[str]) -> str:
+def loss_table(variants: Variants, **columns: Sequence[str]) -> str:
     """A row for each variant: its parameters and those a token uses, its validation loss, and that of the first less.
 
     The difference is taken seed by seed: runs of one seed see the same batches. `columns` come last, by their heads.
@@ -124,6 +125,22 @@ def loss_table(variants: dict[str, list[Trained]], **columns: Sequence[str]) -> 
         rows.append([name, *sizes, spread(losses), spread(less) if place else "", *more])
     heads = ["variant", "parameters", "used by a token", "validation loss", "less the first's", *columns]
     return table(heads, rows)
+
+
+def compare(
+    doc: str | None,
+    variants: Mapping[str, tuple[str, ...]],
+    more: Callable[[Variants], dict[str, list[str]]] | None = None,
+) -> None:
+    """A whole script: train a `SMALL_LM` with the overrides of each variant, print their `loss_table`, write --json.
+
+    `more` makes further columns of the trained variants.
+    """
+    with open_study(arguments(doc)) as options:
+        trained = {name: train(options, name, *SMALL_LM, *overrides) for name, overrides in variants.items()}
+        columns = more(trained) if more else {}
+        print(loss_table(trained, **columns))
+        write_json(options, [run for runs in trained.values() for run in runs], columns=columns)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,21 @@
+#!/usr/bin/env python3
+"""Dense against Mixture-of-Experts at equal compute for each token (Shazeer 2017, Fedus 2021, Rajbhandari 2022).
+
+    scripts/reproduce/dense_vs_moe.py --json build/dense_vs_moe.json
+
+Published: at equal compute, experts reach a lower loss. `dense` has MLPs of 256; `switch` 8 such MLPs, of which a token
+uses one, times its probability; `residual` an MLP of 128 for all tokens and one of 8 experts of 128. `wide` is dense
+with 8 times the MLP: what as many parameters reach where every token uses all of them.
+"""
+
+from common import compare
+
+VARIANTS = {
+    "dense": ("model.ffn_dim=256",),
+    "switch": ("model.ffn_dim=256", "model.moe.experts=8", "model.moe.router.top_k=1"),
+    "residual": ("model.moe.experts=8", "model.moe.router.top_k=1", "model.moe.residual=sum"),
+    "wide": ("model.ffn_dim=2048",),
+}
+
+if __name__ == "__main__":
+    compare(__doc__, VARIANTS)
