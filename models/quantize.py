@@ -30,9 +30,11 @@ GROUP = 32  # weights of 4 bits that share a scale
 def quantize_experts(model: "MoEModel", bits: int) -> None:
     """Replace the experts of every MoE layer, each rank its own, by experts of 8 or 4 bits. No communication.
 
-    Raises ValueError if 4 bits do not fit the widths of a layer.
+    Raises ValueError if 4 bits do not fit the widths of a layer, or if the experts have few bits already.
     """
     for _, layer in model.moe_layers():
+        if isinstance(layer.experts, QuantizedExperts):
+            raise ValueError(f"the experts have {layer.experts.bits} bits already: quantise those they came from")
         layer.experts = QuantizedExperts.of(layer.experts, bits)
 
 
@@ -87,7 +89,7 @@ class QuantizedExperts(nn.Module):
         integers_OI = stored_OP if self.bits == 8 else _unpack(stored_OP)
         group = integers_OI.shape[1] // scale_OG.shape[1]
         zeros_OG = torch.zeros_like(scale_OG, dtype=torch.int8)
-        kind = torch.int8 if self.bits == 8 else torch.int4
+        kind = getattr(torch, f"int{self.bits}")
         matrix: Tensor = ao.IntxUnpackedToInt8Tensor(integers_OI, scale_OG, zeros_OG, kind, (1, group), dtype, None)
         return matrix
 
@@ -95,10 +97,11 @@ class QuantizedExperts(nn.Module):
 def _quantize(matrix_OI: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """A matrix as int8 [O, P] and its scales [O, G]."""
     ao = _torchao()
-    linear = nn.Linear(*matrix_OI.shape[::-1], bias=False, device="meta")
+    out_width, in_width = matrix_OI.shape
+    linear = nn.Linear(in_width, out_width, bias=False, device="meta")
     linear.weight = nn.Parameter(matrix_OI.float(), requires_grad=False)
-    kind, granularity = (torch.int8, ao.PerAxis(0)) if bits == 8 else (torch.int4, ao.PerGroup(GROUP))
-    ao.quantize_(linear, ao.IntxWeightOnlyConfig(kind, granularity))
+    granularity = ao.PerAxis(0) if bits == 8 else ao.PerGroup(GROUP)
+    ao.quantize_(linear, ao.IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity))
     weight: Any = linear.weight
     return weight.qdata if bits == 8 else _pack(weight.qdata), weight.scale
 

@@ -59,8 +59,6 @@ def export_quantized(run: Run, config: ExportConfig) -> dict[str, Any]:
         ConfigError: the experts have widths that 4 bits do not fit, or few bits already.
         CheckpointError: the folder holds something already, or cannot be written.
     """
-    if run.config.model.moe.expert_bits is not None:
-        raise ConfigError(f"bits={config.bits}: the run has experts of few bits already; export the one it came from")
     _or_config_error(lambda: quantize_experts(run.model, config.bits))
     model = replace(run.config.model, moe=replace(run.config.model.moe, expert_bits=config.bits))
     return _write_run(run, config, model, model_tensors(run.model))
