@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,14 @@ from twohop.comm.cost import Workload, distinct_subtrees
 from twohop.comm.routes import ROUTES
 from twohop.comm.wire import FORMATS
 from twohop.comm.wiring import Wires
-from twohop.models.routers import ROUTERS
+from twohop.models import ModelConfig
+from twohop.models.attention import build_attention
+from twohop.models.attention.attend import dense_mask
+from twohop.models.attention.masks import PATTERNS
+from twohop.models.attention_config import OPTIONS, AttentionConfig
+from twohop.models.config import RouterConfig
+from twohop.models.routers import ROUTERS, TokenInfo, build_router
+from twohop.models.routers.losses import LOSSES
 from twohop.trainer import cli
 from twohop.trainer.config import Config
 from twohop.trainer.data.build import CORPORA
@@ -82,9 +90,11 @@ def entry(file: str, names: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Router, route, wire format, engine, tracker and data source of CONTRIBUTING.md, as if they were added."""
+    """What CONTRIBUTING.md adds to the registries, as if it were there."""
     added = {
         "models/routers/__init__.py": (ROUTERS, example("models/routers/cosine.py")),
+        "models/attention/masks.py": (PATTERNS, {}),
+        "models/attention_config.py": (OPTIONS, {}),
         "comm/wire.py": (FORMATS, {}),
         "trainer/engines/__init__.py": (ENGINES, example("trainer/engines/single.py")),
         "trainer/trackers/__init__.py": (TRACKERS, {"__name__": "example.trackers"}),
@@ -123,6 +133,25 @@ def test_router_engine_tracker_and_data_source_of_the_guide_train_a_model(tmp_pa
         assert f"3,train/loss,{losses[engine][-1]}" in (run_dir / "numbers.csv").read_text()
     assert losses["single"] == pytest.approx(losses["ddp"], rel=1e-5)
     assert len(set(losses["single"])) == 3
+
+
+def test_loss_of_the_guide_is_added_to_those_of_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    exec(snippet("CONTRIBUTING.md", "models/routers/losses.py"), names := in_module_of("models/routers/losses.py"))
+    added = eval("{" + snippet("CONTRIBUTING.md", "LOSSES of models/routers/losses.py") + "}", names)
+    for name, loss in added.items():
+        monkeypatch.setitem(LOSSES, name, loss)
+    monkeypatch.setattr(ROUTERS["softmax_topk"], "options", ROUTERS["softmax_topk"].options | {"entropy_loss"})
+    config = make_dataclass("WithEntropy", [("entropy_loss", float, 0.0)], bases=(RouterConfig,))(entropy_loss=0.5)
+    router = build_router(config, 8, 4)
+    torch.nn.init.zeros_(router.gate.weight)  # hesitates as much as it can
+    assert router(torch.randn(6, 8), TokenInfo(1)).losses["entropy"].item() == pytest.approx(0.5 * math.log(4))
+
+
+@pytest.mark.usefixtures("examples")
+def test_attention_pattern_of_the_guide_is_one_of_chunks() -> None:
+    config = ModelConfig(attention=AttentionConfig(kind="chunked", window=3))
+    mask = dense_mask(build_attention(config).mask, torch.empty(1, 1, 7, 1), 7, 0, 0)
+    assert mask[0, 0].sum(-1).tolist() == [1, 2, 3, 1, 2, 3, 1]
 
 
 def route_against_flat(route: str) -> bool:

@@ -591,4 +591,4 @@ def test_null_is_the_default_of_the_kind():
 def test_presets_cover_every_kind():
     folder = Path(next(iter(configs.__path__))) / "attention"
     presets = [AttentionConfig(**yaml.safe_load(path.read_text())) for path in folder.glob("*.yaml")]
-    assert {preset.kind for preset in presets} == set(OPTIONS)
+    assert {preset.kind for preset in presets} == set(OPTIONS) - {"latent"}  # which comes with the models that have it
