@@ -63,7 +63,7 @@ def fill_positions(ids_NK: Tensor) -> Tensor:
 
 
 def drop_overflow(
-    ids_NK: Tensor, weights_NK: Tensor, capacity: int | Tensor, priority: BatchPriority = BatchPriority.off
+    ids_NK: Tensor, weights_NK: Tensor, capacity: int | Tensor, priority: BatchPriority = BatchPriority.none
 ) -> tuple[Tensor, Tensor]:
     """Drops the assignments that come after the first `capacity` of their expert: id becomes -1, weight 0.
 
@@ -71,7 +71,7 @@ def drop_overflow(
     queues fill in the order of the tokens' largest or summed weight instead of their own (batch priority routing,
     Riquelme 2021): what is kept then depends on all tokens of the micro-batch.
     """
-    if priority is BatchPriority.off:
+    if priority is BatchPriority.none:
         position_NK = fill_positions(ids_NK)
     else:
         score_N = weights_NK.amax(-1) if priority is BatchPriority.max else weights_NK.sum(-1)

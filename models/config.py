@@ -11,6 +11,7 @@ from typing import Any
 
 from twohop.models.attention_config import AttentionConfig
 from twohop.models.layer_counts import expert_counts
+from twohop.models.rope_config import RopeScaling, RopeScalingKind
 
 
 class Activation(Enum):
@@ -52,7 +53,7 @@ class Residual(Enum):
 class BatchPriority(Enum):
     """Which tokens fill the experts first: in their order, or by their largest or summed weight (Riquelme 2021)."""
 
-    off = "off"
+    none = "none"
     max = "max"
     sum = "sum"
 
@@ -170,7 +171,7 @@ class MoEConfig:
     eval_capacity_factor: float | None = None  # C at evaluation; null: dropless
     capacity_rounding: CapacityRounding = CapacityRounding.ceil
     min_capacity: int = 4
-    batch_priority: BatchPriority = BatchPriority.off
+    batch_priority: BatchPriority = BatchPriority.none
     allow_non_causal: bool = False  # train a causal decoder with routes that depend on later tokens
     router: RouterConfig = field(default_factory=RouterConfig)
     cache: AssignmentCacheConfig = field(default_factory=AssignmentCacheConfig)
@@ -222,7 +223,7 @@ class MoEConfig:
         return factor is not None or self.capacity_policy is CapacityPolicy.schedule
 
     def _check_router(self) -> None:
-        if self.batch_priority is not BatchPriority.off:
+        if self.batch_priority is not BatchPriority.none:
             key = f"model.moe.batch_priority={self.batch_priority.value}"
             _require(
                 self.drops_in_training or self.eval_capacity_factor is not None,
@@ -298,6 +299,7 @@ class ModelConfig:
     activation: Activation = Activation.gelu
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     tie_embeddings: bool = True
     init_std: float = 0.02
     layer_drop: float = 0.0  # the part of the steps that leave the last block out; less, in proportion, before it
@@ -316,10 +318,11 @@ class ModelConfig:
             f"model.layer_drop={self.layer_drop} has no use with model.kind={self.kind.value}: leave it out",
         )
         _require(
-            self.head_dim is not None or self.dim % self.num_heads == 0,
+            self.head_dim is not None or self.attention.kind == "latent" or self.dim % self.num_heads == 0,
             f"model.num_heads={self.num_heads} does not divide model.dim={self.dim}: "
             "change one of them or set model.head_dim",
         )
+        self._check_rope_and_latent()
         _require(self.key_dim % 2 == 0, f"model.head_dim={self.key_dim} is odd: RoPE rotates pairs, use an even one")
         _require(
             self.num_heads % self.kv_heads == 0,
@@ -350,6 +353,20 @@ class ModelConfig:
         if is_pair:
             self._settle_encoder()
         self._settle_vision()
+
+    def _check_rope_and_latent(self) -> None:
+        kind, scaling = self.attention.kind, self.rope_scaling.kind
+        _require(
+            scaling is RopeScalingKind.none or (self.kind is not ModelKind.vit and kind != "memory"),
+            f"model.rope_scaling.kind={scaling.value} has no use with model.kind=vit or model.attention.kind=memory: "
+            "leave it out",
+        )
+        for key in ("num_kv_heads", "head_dim"):
+            _require(
+                kind != "latent" or getattr(self, key) is None,
+                f"model.{key}={getattr(self, key)} has no use with model.attention.kind=latent, whose heads have "
+                "widths of their own: leave it out",
+            )
 
     def _settle_vision(self) -> None:
         is_vit = self.kind is ModelKind.vit
@@ -390,8 +407,15 @@ class ModelConfig:
 
     @property
     def key_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head's queries and keys."""
+        if self.attention.nope_dim is not None and self.attention.rope_dim is not None:  # kind=latent
+            return self.attention.nope_dim + self.attention.rope_dim
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """The part of `key_dim` that RoPE rotates."""
+        return self.key_dim if self.attention.rope_dim is None else self.attention.rope_dim
 
     @property
     def _moe_blocks(self) -> range:

@@ -159,7 +159,7 @@ def _check_causal(model: ModelConfig) -> None:
     # The sentence router of an encoder-decoder's decoder looks at the source.
     looks_ahead = "" if model.encoder is not None and moe.router.name == "sentence" else router.looks_ahead
     reasons = {f"model.moe.router.name={moe.router.name}": looks_ahead}
-    if moe.drops_in_training and moe.batch_priority is not BatchPriority.off:
+    if moe.drops_in_training and moe.batch_priority is not BatchPriority.none:
         reasons[f"model.moe.batch_priority={moe.batch_priority.value}"] = "tokens are ranked across the micro-batch"
     for key, reason in reasons.items():
         if reason:

@@ -107,7 +107,7 @@ def test_equal_priorities_fill_in_token_order():
         assert drop_overflow(ids, weights, 2, priority)[0].flatten().tolist() == [0, 0, -1, -1, -1]
 
 
-@pytest.mark.parametrize("priority", [BatchPriority.off, BatchPriority.max])
+@pytest.mark.parametrize("priority", [BatchPriority.none, BatchPriority.max])
 def test_top2_keeps_what_nllb_keeps(priority):
     for seed in range(200):
         logits, probs, capacity = random_probs(seed)
@@ -118,7 +118,7 @@ def test_top2_keeps_what_nllb_keeps(priority):
             hidden_size=4,
             second_expert_policy="all",
             normalize_router_prob_before_dropping=True,
-            batch_prioritized_routing=priority is not BatchPriority.off,
+            batch_prioritized_routing=priority is not BatchPriority.none,
             moe_eval_capacity_token_fraction=-1.0,
         )
         _, combine = NllbMoeTop2Router(config).route_tokens(logits.clone())
