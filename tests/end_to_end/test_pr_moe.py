@@ -14,6 +14,9 @@ from torch import Tensor
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, write_corpus
+from twohop.comm import Topology, TrafficMeter, build_dispatcher
+from twohop.models import ModelConfig, MoEConfig, MoELayer, RouterConfig, Routing
+from twohop.models.config import Residual
 from twohop.trainer import workers
 from twohop.trainer.loop import train_step
 from twohop.trainer.metrics import read_metrics
@@ -60,6 +63,29 @@ def test_every_layer_has_its_own_ep_size_and_the_gradients_of_one_process(tmp_pa
     ranks = [{layer: ep_rank for layer, (_, _, ep_rank) in layout.items()} for layout, _, _ in found]
     assert [rank["blocks.2.moe"] for rank in ranks] == list(range(8))
     assert [rank["blocks.0.moe"] for rank in ranks] == [0, 1] * 4
+
+
+def payload_of_a_layer(residual: Residual, top_k: int) -> dict[str, int]:
+    """Bytes that this rank sends for rows, forward and backward; none of its tokens has an expert at home."""
+    topology, meter = Topology.discover(ranks_per_node=1, timeout_s=20), TrafficMeter()
+    config = ModelConfig(dim=8, ffn_dim=16, moe=MoEConfig(4, residual=residual, router=RouterConfig(top_k=top_k)))
+    layer = MoELayer(config, build_dispatcher("flat", topology, 4, meter=meter))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    away = (topology.rank + 1 + torch.rand(24, 3).argsort(-1)) % 4
+    routing = Routing(away[:, :top_k], torch.ones(24, top_k), {}, torch.zeros(4, dtype=torch.int64))
+    layer.router.forward = lambda *_: routing
+    layer(torch.randn(1, 24, 8, requires_grad=True))[0].square().sum().backward()
+    phases = ("dispatch", "combine", "dispatch backward", "combine backward")
+    return {phase: meter.bytes_sent("between nodes", phase) for phase in phases}
+
+
+def test_one_expert_and_a_residual_mlp_send_half_of_what_two_experts_send() -> None:
+    ones = run_distributed(payload_of_a_layer, 4, Residual.sum, 1)
+    twos = run_distributed(payload_of_a_layer, 4, Residual.none, 2)
+    for phase in ones[0]:
+        one, two = (sum(rank[phase] for rank in ranks) for ranks in (ones, twos))
+        assert two == 2 * one == 2 * 4 * 24 * 8 * 4, phase
 
 
 def evaluate(directory: Path, overrides: Sequence[str]) -> float:
