@@ -50,7 +50,7 @@ class FsdpEngine(TorchEngine):
         return world_size() if world_size() == 1 else 1
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """See `Engine`. Gradients are summed and shared out after the last micro-batch; a rank keeps its own until then."""
+        """See `Engine`. Gradients are summed and shared out after the last micro-batch; a rank keeps them till then."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         loss.backward()
