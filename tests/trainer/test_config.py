@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from twohop.models.config import ModelConfig, MoEConfig
+from twohop.models.config import BatchPriority, ModelConfig, MoEConfig, RouterConfig
 from twohop.trainer import config as c
 from twohop.trainer.config import CommConfig, Config, DataConfig, EvalConfig, LaunchConfig, TrainConfig
 from twohop.trainer.errors import ConfigError
@@ -146,3 +146,34 @@ def test_router_is_known_and_takes_its_options():
 def test_what_fits_is_accepted():
     validate(moe([8], ep_size=[1, 4], ranks_per_node=2), 4)
     validate(Config(), 1)
+
+
+def decoder(training: bool, world_size: int = 1, **moe_options) -> None:
+    router = RouterConfig(**moe_options.pop("router", {}))
+    moe_config = MoEConfig(experts=[8], router=router, **moe_options)
+    validate(Config(model=ModelConfig(moe=moe_config)), world_size, training)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": {"name": "expert_choice"}}, r"router\.name=expert_choice: an expert chooses among all tokens"),
+        ({"router": {"name": "sinkhorn"}}, r"router\.name=sinkhorn: .*allow_non_causal=true"),
+        ({"router": {"name": "sentence"}}, r"router\.name=sentence: the gate sees the mean of the whole sequence"),
+        ({"batch_priority": BatchPriority.max, "capacity_factor": 1.0}, r"model\.moe\.batch_priority=max: tokens are"),
+    ],
+)
+def test_routes_that_look_ahead_train_a_decoder_only_on_request(options, message):
+    with pytest.raises(ConfigError, match=message):
+        decoder(training=True, **options)
+    decoder(training=True, allow_non_causal=True, **options)
+    decoder(training=False, **options)
+
+
+def test_priority_of_evaluation_alone_may_train():
+    decoder(training=True, batch_priority=BatchPriority.sum, eval_capacity_factor=0.5)
+
+
+def test_a_task_router_needs_tasks():
+    with pytest.raises(ConfigError, match=r"model\.num_tasks=null: the task router needs it"):
+        decoder(training=True, router={"name": "task"})
