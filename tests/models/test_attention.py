@@ -27,7 +27,9 @@ from twohop.models.config import Activation
 T, DIM, HEADS = 40, 16, 4
 
 
-def config_of(num_kv_heads: int = 2, **options) -> ModelConfig:
+def config_of(num_kv_heads: int | None = 2, **options) -> ModelConfig:
+    if options.get("kind") == "latent":
+        num_kv_heads = None
     return ModelConfig(
         vocab_size=30, max_seq_len=T, dim=DIM, num_layers=3, num_heads=HEADS, num_kv_heads=num_kv_heads, ffn_dim=24,
         init_std=0.3, attention=AttentionConfig(**options),
@@ -444,6 +446,8 @@ KINDS = {
     "linear": {"kind": "linear", "chunk": 4},
     "retention": {"kind": "linear", "decay": True, "chunk": 4},
     "adaptive_span": {"kind": "adaptive_span", "window": 9, "ramp": 3, "span_loss": 0.01},
+    "latent": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "nope_dim": 3, "rope_dim": 4, "value_dim": 7},
+    "latent keys": {"kind": "latent", "q_rank": 0, "kv_rank": 5, "nope_dim": 3, "rope_dim": 4, "value_dim": 7},
     "norm of heads": {"qk_norm": QKNorm.head},
     "norm of all": {"qk_norm": QKNorm.full},
 }
@@ -591,4 +595,4 @@ def test_null_is_the_default_of_the_kind():
 def test_presets_cover_every_kind():
     folder = Path(next(iter(configs.__path__))) / "attention"
     presets = [AttentionConfig(**yaml.safe_load(path.read_text())) for path in folder.glob("*.yaml")]
-    assert {preset.kind for preset in presets} == set(OPTIONS) - {"latent"}  # which comes with the models that have it
+    assert {preset.kind for preset in presets} == set(OPTIONS)
