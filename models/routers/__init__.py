@@ -1,5 +1,6 @@
 """Routers by name: a new router is one file here and one line in `ROUTERS`."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from enum import Enum
 from typing import Any
@@ -55,8 +56,8 @@ def build_router(
     for size in router.sizes:
         if known[size] is None:
             raise ValueError(f"model.{size}=null: the {config.name} router needs it; set it, or use another router")
-    made: Router = router(config, dim, num_experts, **{size: known[size] for size in router.sizes})  # type: ignore
-    return made
+    make: Callable[..., Router] = router
+    return make(config, dim, num_experts, **{size: known[size] for size in router.sizes})
 
 
 def _written(value: Any) -> Any:

@@ -48,7 +48,7 @@ class TokenInfo(NamedTuple):
     def for_each_token(self, value_B: Tensor, num_tokens: int) -> Tensor:
         """[B, …] → [N, …]: of each token, the value of its sequence."""
         lengths = num_tokens // self.num_sequences if self.length_B is None else self.length_B
-        return value_B.repeat_interleave(lengths, 0, output_size=num_tokens)  # type: ignore[call-overload]
+        return value_B.repeat_interleave(lengths, 0, output_size=num_tokens)
 
     def mean(self, x_NX: Tensor) -> Tensor:
         """[N, …] → [B, …]: the mean over each sequence's tokens."""
