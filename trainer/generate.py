@@ -87,8 +87,9 @@ def _sample_translations(run: Run, model: EncoderDecoder) -> str:
     texts = [tokenizer.decode(ids[1:n]) for ids, n in zip(inputs["source_BS"].tolist(), lengths, strict=True)]
     with run.engine.autocast():
         results = translate_texts(model, tokenizer, tasks, texts, run.config.train.seq_len)
-    triples = zip(tasks, texts, results, strict=True)
-    return "\n".join(f"{run.data.tasks[task]}: {text} → {result}" for task, text, result in triples)
+    lines = [" ".join(result.splitlines()) for result in results]
+    triples = zip(tasks, texts, lines, strict=True)
+    return "\n".join(f"{run.data.tasks[task]}: {text} → {line}" for task, text, line in triples)
 
 
 def fit_to_context(run: Run, config: GenerateConfig) -> GenerateConfig:
