@@ -46,8 +46,8 @@ class StepTotals:
 
         Of a layer: `load` and `dropped` as fractions of its assignments; the largest `capacity` factor that was in use
         in the step, and the `slots` that a system that pads would have allocated with it for all micro-batches. With
-        an assignment cache also the fraction of micro-batches that were `replayed`, and of assignments that
-        `repeated`, null where there was nothing to compare.
+        an assignment cache, once samples come again, also the fraction of micro-batches that were `replayed`, and of
+        assignments that `repeated`, where there was something to compare.
         """
         assert self._sums is not None
         sum_over_world(self._sums, "losses")
@@ -80,9 +80,10 @@ def _record(total: MoEStats, micro_batches: float) -> dict[str, Any]:
     assignments, slots = max(1.0, sum(load)), len(load) * rows * micro_batches
     record = {"load": [n / assignments for n in load], "dropped": float(total.dropped) / assignments}
     record |= {"capacity": slots / assignments, "slots": int(slots)}
+    if total.compared:
+        record["repeated"] = float(total.repeated / total.compared)
     if total.compared or total.replayed:
-        record |= {"repeated": float(total.repeated / total.compared) if total.compared else None}
-        record |= {"replayed": float(total.replayed) / micro_batches}
+        record["replayed"] = float(total.replayed) / micro_batches
     return record
 
 

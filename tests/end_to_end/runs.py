@@ -35,6 +35,12 @@ def curve(directory: Path, overrides: Sequence[str]) -> tuple[Curve, dict[str, t
     return [(record["loss"], record["grad_norm"]) for record in records], weights
 
 
+def records(directory: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of every step."""
+    run = start(directory, *overrides)
+    return [train_step(run, step) for step in range(run.config.train.steps)]
+
+
 def train_run(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """A whole training as the command does it, in `run.dir`."""
     config = tiny_config(directory, *overrides)

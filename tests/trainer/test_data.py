@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twohop.trainer.config import DataConfig, TokenizerConfig, TokenizerKind
+from twohop.trainer.config import DataConfig, DataOrder, TokenizerConfig, TokenizerKind
 from twohop.trainer.data import (
     TokenWindows,
     build_data,
@@ -24,6 +24,7 @@ from twohop.trainer.data import (
     prepare,
     sample_index,
     sample_numbers,
+    step_numbers,
 )
 from twohop.trainer.data.corpus import Document, stdlib_corpus, text_corpus
 from twohop.trainer.data.tokenizer import ByteTokenizer
@@ -456,6 +457,28 @@ def test_order_knows_no_world_size(world: int, seed: int) -> None:
     order = [sample for first in sorted(seen) for sample in seen[first]]
     assert order == [sample_index(seed, i, 48) for i in range(3 * 48)]
     assert Counter(order) == dict.fromkeys(range(48), 3)
+
+
+@given(seed=st.integers(0, 9), size=st.integers(1, 9), num_samples=st.integers(9, 60))
+def test_batches_come_again_whole_and_in_another_order(seed: int, size: int, num_samples: int) -> None:
+    def epoch(number: int) -> list[tuple[int, ...]]:
+        batches = num_samples // size
+        steps = range(number * batches, (number + 1) * batches)
+        return [tuple(step_numbers(DataOrder.batches, seed, step, size, num_samples)) for step in steps]
+
+    first = epoch(0)
+    samples = [sample for batch in first for sample in batch]
+    assert len(samples) == len(set(samples)) == num_samples // size * size
+    assert set(samples) == {sample_index(seed, i, num_samples) for i in range(len(samples))}
+    for number in (1, 2):
+        assert sorted(epoch(number)) == sorted(first)
+    if len(first) > 6:
+        assert len({tuple(epoch(number)) for number in range(4)}) > 1
+
+
+def test_order_of_samples_is_the_default_and_needs_no_batches() -> None:
+    drawn = [sample for step in range(3) for sample in step_numbers(DataOrder.samples, 3, step, 7, 10)]
+    assert drawn == [sample_index(3, i, 10) for i in range(21)]
 
 
 def test_order_differs_by_epoch_and_seed_and_never_changes() -> None:
