@@ -107,7 +107,8 @@ def _write(out: Path, model: EncoderDecoder, tokenizer: Tokenizer, about: dict[s
         raise CheckpointError(f"out={out} holds something already: choose another folder, or delete it")
     unfinished.mkdir(parents=True)
     try:
-        write_tensors(unfinished / SINGLE_FILE, list(model.state_dict().items()), DTYPES[config.dtype])
+        dtype = DTYPES[config.dtype]
+        write_tensors(unfinished / SINGLE_FILE, [(name, x, dtype) for name, x in model.state_dict().items()])
         plain = json.dumps(about, indent=2, default=_value)
         (unfinished / CONFIG_FILE).write_text(plain + "\n")
         tokenizer.save(unfinished)
