@@ -319,6 +319,23 @@ def test_command_is_accepted(line: str, shell: Shell) -> None:
         shell.check(shlex.split(line, comments=True))
 
 
+def configurations() -> list[str]:
+    """Every entry of the column "configuration" of the map in docs/models.md, as a command line."""
+    top = (ROOT / "docs" / "models.md").read_text().split("\n## ")[0]
+    cells = [row.strip("|").split("|")[3] for row in top.splitlines() if row[:1] == "|"]
+    entries = re.findall(r"`([^`]+)`", " ".join(cells))
+    return [entry if entry.startswith("twohop ") else f"twohop train {entry}" for entry in entries]
+
+
+@pytest.mark.parametrize("line", configurations())
+def test_configuration_of_the_map_is_accepted(line: str, shell: Shell) -> None:
+    shell.check(shlex.split(line))
+
+
+def test_the_map_names_configurations_of_most_systems() -> None:
+    assert len(configurations()) > 15
+
+
 def test_a_wrong_command_is_not_accepted(shell: Shell) -> None:
     for line in ("make tea", "twohop tran", "twohop train modle=moe", "python scripts/none.py", "torchrun -m twohop"):
         with pytest.raises((AssertionError, IndexError, KeyError)):
