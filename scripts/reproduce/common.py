@@ -31,7 +31,7 @@ from twohop.trainer.validate import validate
 # A language model of bytes that trains in less than a minute on one core: what the studies on text share.
 SMALL_LM = (
     "model=dense", "model.dim=64", "model.num_layers=4", "model.ffn_dim=128", "model.vocab_size=257",
-    "model.moe.every=1", "data=stdlib", "train.steps=250", "train.seq_len=128", "train.global_batch=16",
+    "model.moe.every=1", "data=stdlib", "train.steps=200", "train.seq_len=128", "train.global_batch=16",
     "train.micro_batch=4", "optim.lr=5e-3", "eval.every=0", "eval.batches=16", "checkpoint.every=0",
     "generate.max_new_tokens=1",
 )  # fmt: skip

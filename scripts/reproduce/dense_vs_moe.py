@@ -4,8 +4,8 @@
     scripts/reproduce/dense_vs_moe.py --json build/dense_vs_moe.json
 
 Published: at equal compute, experts reach a lower loss. `dense` has MLPs of 256; `switch` 8 such MLPs, of which a token
-uses one, times its probability; `residual` an MLP of 128 for all tokens and one of 8 experts of 128. `wide` is dense
-with 8 times the MLP: what as many parameters reach where every token uses all of them.
+uses one, times its probability; `residual` an MLP of 128 for all tokens and one of 8 experts of 128; `top2` 8 experts
+of 128, of which a token uses two.
 """
 
 from common import compare
@@ -13,8 +13,8 @@ from common import compare
 VARIANTS = {
     "dense": ("model.ffn_dim=256",),
     "switch": ("model.ffn_dim=256", "model.moe.experts=8", "model.moe.router.top_k=1"),
+    "top2": ("model.moe.experts=8", "model.moe.router.top_k=2", "model.moe.router.renormalize=true"),
     "residual": ("model.moe.experts=8", "model.moe.router.top_k=1", "model.moe.residual=sum"),
-    "wide": ("model.ffn_dim=2048",),
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from twohop.trainer.metrics import read_metrics
 
 VARIANTS = {
     "top2": ("model.moe.experts=8", "model.moe.router.top_k=2", "model.moe.router.renormalize=true"),
-    "residual_top1": ("model.moe.experts=8", "model.moe.router.top_k=1", "model.moe.residual=sum"),
+    "residual": ("model.moe.experts=8", "model.moe.router.top_k=1", "model.moe.residual=sum"),
 }
 ON_4_RANKS = ("launch.nproc=4", "comm.ranks_per_node=1", "comm.dispatcher=flat", "train.steps=20")
 
@@ -38,9 +38,9 @@ def main() -> None:
         print(loss_table(variants))
         rows = []
         for experts, by_name in sent.items():
-            (_, two), (_, one) = by_name["top2"], by_name["residual_top1"]
+            (_, two), (_, one) = by_name["top2"], by_name["residual"]
             rows.append([str(experts // 4), f"{two:.1f}", f"{one:.1f}", f"{one / two:.3f}"])
-        heads = ["experts of a rank", "top2: bytes a token and layer", "residual_top1", "ratio"]
+        heads = ["experts of a rank", "top2: bytes a token and layer", "residual", "ratio"]
         print(f"\n{table(heads, rows)}")
         runs = [run for runs in variants.values() for run in runs]
         write_json(options, runs, dispatch={n: {k: v for k, (_, v) in by.items()} for n, by in sent.items()})
