@@ -11,6 +11,7 @@ of a step) as a multiple of the assignments, which is the mean capacity factor; 
 The second: batches that come again 14 times, experts on two ranks; how much of the training ran without a router.
 """
 
+import re
 from statistics import mean
 from typing import Any
 
@@ -65,7 +66,7 @@ def main() -> None:
     with open_study(arguments(__doc__)) as options:
         rows, everything = [], []
         for name, overrides in CAPACITY.items():
-            runs = train(options, name.replace(" ", ""), *SMALL_LM, *MOE, *overrides)
+            runs = train(options, re.sub(r"\W+", "_", name), *SMALL_LM, *MOE, *overrides)
             dropped = [f"{100 * of_layers(run, 'dropped'):.2f}" for run in runs]
             factors = [of_layers(run, "capacity") for run in runs]
             rows.append([name, ", ".join(dropped), spread(factors, 2), last_factors(runs[0])])
@@ -77,7 +78,7 @@ def main() -> None:
 
         rows, reference = [], []
         for name, overrides in CACHE.items():
-            runs = train(options, name.replace(" ", ""), *SMALL_LM, *MOE, *AGAIN, *overrides)
+            runs = train(options, re.sub(r"\W+", "_", name), *SMALL_LM, *MOE, *AGAIN, *overrides)
             losses, valid = [last_loss(run) for run in runs], values(runs, "valid_loss")
             reference = reference or [losses, valid]
             cells = []

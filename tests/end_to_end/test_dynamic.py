@@ -40,15 +40,15 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
         for name, layer in our["moe"].items():
             other = their["moe"][name]
             assert layer.keys() == other.keys()
-            assert layer.pop("load") == pytest.approx(other.pop("load"), abs=0.01), f"step {step}"
-            assert layer == pytest.approx(other, rel=0.02, abs=0.01), f"step {step}"  # a token at a tie may turn
+            for key, value in layer.items():  # a token at a tie may turn
+                assert value == pytest.approx(other[key], rel=0.02, abs=0.01), f"step {step}, {key}"
 
 
 def test_cached_runs_are_the_same_on_any_world_and_skip_the_counts(directory: Path) -> None:
     (alone,) = records(directory, 1, *CACHE)
     shared = records(directory, 2, *CACHE, "comm.ep_size=2", "comm.ranks_per_node=1")
-    same(shared[0], alone)
     assert [record["moe"] for record in shared[1]] == [record["moe"] for record in shared[0]]
+    same(shared[0], alone)
     skipped = checked = 0
     for record in shared[0]:
         layers = list(record["moe"].values())
