@@ -12,6 +12,7 @@ import torch
 from twohop.comm import CostModel
 from twohop.comm.routes import ROUTES
 from twohop.comm.wire import FORMATS
+from twohop.models.attention import build_attention
 from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
@@ -37,6 +38,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_name("optim.name", config.optim.name, OPTIMIZERS)
     check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
+    _check_attention(config.model)
     if training:
         _check_causal(config.model)
     check_data(config.data)
@@ -148,6 +150,14 @@ def _check_router(config: Config) -> None:
                     build_router(side.moe.router, model.dim, experts, model.vocab_size or 1, num_tasks)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+def _check_attention(model: ModelConfig) -> None:
+    try:
+        with torch.device("meta"):
+            build_attention(model, causal=model.kind is ModelKind.decoder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_causal(model: ModelConfig) -> None:

@@ -62,8 +62,8 @@ def test_every_command_has_help(capfd):
     _, out, _ = run("train --help", capfd)
     for group in (
         "comm: auto, dedup, flat, hierarchical",
-        "data: stdlib, text, tokens",
-        "experiment: quickstart",
+        "data: digits, multitask, stdlib, text, tokens",
+        "experiment: mos, quickstart, task_moe, vmoe_digits",
         "pr_moe",
     ):
         assert group in out
@@ -112,9 +112,17 @@ def test_every_model_of_the_group_passes_validation(started, capfd):
     _, out, _ = run("train --help", capfd)
     models = re.search(r"^model: (.*)$", out, re.MULTILINE).group(1).split(", ")
     for model in models:
-        code, _, err = run(f"train model={model} train.seq_len=16", capfd)
+        data = {"vmoe": "data=digits", "task_moe": "data=multitask train.seq_len=16"}.get(model, "train.seq_len=16")
+        code, _, err = run(f"train model={model} {data}", capfd)
         assert (code, err) == (0, "")
     assert len(started) == len(models)
+
+
+def test_digits_are_a_small_vmoe_on_two_processes(started, capfd):
+    assert run("train experiment=vmoe_digits model.vision.patch_size=4", capfd)[0] == 0
+    config = started[0][0]
+    assert (config.launch.nproc, config.model.kind.value, config.data.source) == (2, "vit", "digits")
+    assert config.model.vision.num_patches == 4
 
 
 def test_experts_of_each_layer_in_one_line(started, capfd):
@@ -149,6 +157,10 @@ def test_experts_of_each_layer_in_one_line(started, capfd):
         ("train train.seq_len=1000", "train.seq_len=1000 is longer than model.max_seq_len=256"),
         ("train resume=nowhere", "resume=nowhere: no such folder"),
         ("train resume=.", "resume=.: it holds no config.yaml"),
+        ("train model.vision.patch_size=4", "model.vision is null here, so nothing in it can be changed"),
+        ("train model=vmoe data=digits model.vision.size=4", "unknown key 'model.vision.size'"),
+        ("train model=vmoe data=digits attention=linear", "model.attention.kind=linear looks back only"),
+        ("train model=vmoe", "model.kind=vit cannot learn from data.source=stdlib: add data=digits"),
         ("evaluate", "twohop evaluate needs one run folder: twohop evaluate run=DIR"),
         ("generate run=nowhere", "run=nowhere: no such folder"),
         ("evaluate run=.", "it holds no config.yaml"),

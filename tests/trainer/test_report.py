@@ -104,7 +104,7 @@ def test_every_part_is_there_and_says_what_the_run_did(run_dir: Path) -> None:
         assert sentence in page.text
     loss, speed, load, drops, traffic = map(picture_words, page.pictures)
     assert {"training", "validation", "step"} <= loss
-    assert "tokens per second" in speed
+    assert "targets per second" in speed
     assert {"blocks.1  ·  4 experts", "blocks.3  ·  8 experts", "1×", "2×"} <= load
     assert {"blocks.1", "blocks.3", "dropped assignments"} <= drops
     assert {"between nodes", "inside node", *PHASES, "6.0 MB", "12.0 MB"} <= traffic
