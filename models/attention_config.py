@@ -15,10 +15,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "memory": {"segment": 64, "memory": 64, "compression": 1, "compressed": 0},
     "linear": {"decay": False, "chunk": 64},
     "adaptive_span": {"window": 256, "ramp": 32, "span_loss": 2e-6},
+    "latent": {"q_rank": 0, "kv_rank": 32, "nope_dim": 32, "rope_dim": 16, "value_dim": 32},
 }
 AT_LEAST = {
     "window": 1, "dilation": 1, "stride": 1, "summary": 1, "global_tokens": 0, "random_blocks": 0, "block": 1,
     "segment": 1, "memory": 1, "compression": 1, "compressed": 0, "chunk": 1, "ramp": 1, "span_loss": 0,
+    "q_rank": 0, "kv_rank": 1, "nope_dim": 1, "rope_dim": 2, "value_dim": 1,
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class QKNorm(Enum):
 class AttentionConfig:
     """Who sees whom. Null is the default of the kind; an option that the kind does not have is refused."""
 
-    kind: str = "full"  # full | sliding | strided | fixed | bigbird | memory | linear | adaptive_span
+    kind: str = "full"  # full | sliding | strided | fixed | bigbird | memory | linear | adaptive_span | latent
     qk_norm: QKNorm = QKNorm.none
     window: int | None = None  # keys that a query sees, itself included; adaptive_span: at most
     dilation: int | None = None  # distance between the keys of a window
@@ -52,6 +54,11 @@ class AttentionConfig:
     chunk: int | None = None  # linear: positions that are computed together; changes the speed alone
     ramp: int | None = None  # adaptive_span: positions over which a head's span fades out
     span_loss: float | None = None  # adaptive_span: weight of a layer's mean span, in positions
+    q_rank: int | None = None  # latent: width of the vector that a position's queries are made of; 0: its whole state
+    kv_rank: int | None = None  # latent: width of the vector that a position's keys and values are made of
+    nope_dim: int | None = None  # latent: width of a head's queries and keys without position
+    rope_dim: int | None = None  # latent: width of their rotated part
+    value_dim: int | None = None  # latent: width of a head's values
 
     def __post_init__(self) -> None:
         if self.kind not in OPTIONS:
@@ -73,6 +80,7 @@ class AttentionConfig:
                 raise ValueError(f"model.attention.{key}={value}: use {AT_LEAST[key]} or more")
         self._check_fixed()
         self._check_memory()
+        self._check_latent()
 
     def _check_fixed(self) -> None:
         if self.summary is not None and self.stride is not None and self.summary > self.stride:
@@ -96,3 +104,14 @@ class AttentionConfig:
                     f"model.attention.{key}={value} is no multiple of compression={self.compression}: "
                     f"use {-(-value // self.compression) * self.compression}"
                 )
+
+    def _check_latent(self) -> None:
+        if self.rope_dim is None:
+            return
+        if self.rope_dim % 2:
+            raise ValueError(f"model.attention.rope_dim={self.rope_dim} is odd: RoPE rotates pairs, use an even one")
+        if self.qk_norm is not QKNorm.none:
+            raise ValueError(
+                f"model.attention.qk_norm={self.qk_norm.value} has no use with kind=latent, which norms its latents: "
+                "leave it out"
+            )

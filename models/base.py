@@ -36,10 +36,10 @@ class MoEModel(nn.Module):
                 yield name, module
 
     def attention_losses(self) -> dict[str, Tensor]:
-        """The losses of all attention layers, added up by name; {} for most kinds of attention."""
+        """What all attention layers add to the loss of this forward pass, summed by name; {} for most kinds."""
         total: dict[str, Tensor] = {}
         for module in self.modules():
             if isinstance(module, AttentionBase):
-                for name, loss in module.losses().items():
+                for name, loss in module.take_losses().items():
                     total[name] = total[name] + loss if name in total else loss
         return total

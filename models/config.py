@@ -323,7 +323,7 @@ class ModelConfig:
             "change one of them or set model.head_dim",
         )
         self._check_rope_and_latent()
-        _require(self.key_dim % 2 == 0, f"model.head_dim={self.key_dim} is odd: RoPE rotates pairs, use an even one")
+        _require(self.rotary_dim % 2 == 0, f"model.head_dim={self.key_dim} is odd: RoPE rotates pairs, use an even one")
         _require(
             self.num_heads % self.kv_heads == 0,
             f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}",

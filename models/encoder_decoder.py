@@ -188,10 +188,12 @@ class EncoderDecoder(MoEModel):
         x_BTD = self.embed(ids_BT)
         angle_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         positions_T = torch.arange(start, end, device=ids_BT.device)
-        # Cross-attention compares positions of two sequences: it needs them in the states, RoPE shows distances alone.
+        # RoPE shows distances alone; places themselves are in the states.
         sinusoids_TD = torch.cat(rope_angles(positions_T, self.config.dim, 10_000.0, angle_dtype), -1)
         x_BTD = x_BTD * self.config.dim**0.5 + sinusoids_TD.to(x_BTD.dtype)
-        return x_BTD, rope_angles(positions_T, self.config.key_dim, self.config.rope_theta, angle_dtype)
+        return x_BTD, rope_angles(
+            positions_T, self.config.key_dim, self.config.rope_theta, angle_dtype, self.config.rope_scaling
+        )
 
 
 @torch.no_grad()

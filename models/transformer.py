@@ -80,7 +80,9 @@ class Transformer(MoEModel):
         x_BTD = self.embed(ids_BT)
         angle_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         positions_T = torch.arange(start, end, device=ids_BT.device)
-        rope = rope_angles(positions_T, self.config.key_dim, self.config.rope_theta, angle_dtype)
+        rope = rope_angles(
+            positions_T, self.config.rotary_dim, self.config.rope_theta, angle_dtype, self.config.rope_scaling
+        )
         about = TokenInfo(len(ids_BT), token_BT=ids_BT, sample_B=sample_B)
         moe = []
         for i, block in enumerate(self.blocks):

@@ -1,39 +1,32 @@
-"""What all kinds of attention share: rotary positions, and the projections to heads.
+"""What all kinds of attention share, and the projections to heads that most of them do.
 
 Shapes: B sequences, T positions, S positions with a key, D model width, H heads, G key/value heads, A head width;
 X all heads beside each other.
 """
 
-import torch
 from torch import Tensor, nn
 
 from twohop.models.attention.cache import Cache
 from twohop.models.attention_config import QKNorm
 from twohop.models.config import ModelConfig
 
-Rope = tuple[Tensor, Tensor]
-
-
-def rope_angles(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin of position · theta^(-2i / A) for i < A/2: [T, A/2] each (Su 2021, RoFormer)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=dtype) / head_dim
-    angles = positions_T.to(dtype)[:, None] * theta**-exponents
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BHTA: Tensor, rope: Rope | None) -> Tensor:
-    """Rotates the pairs (x_i, x_{i + A/2}) by their angles: the pairing of Llama's and GPT-NeoX's weights.
-
-    None leaves them as they are.
-    """
-    if rope is None:
-        return x_BHTA
-    cos, sin = rope
-    first, second = x_BHTA.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BHTA.dtype)
-
 
 class AttentionBase(nn.Module):
+    """One layer of attention, of any kind."""
+
+    def take_losses(self) -> dict[str, Tensor]:
+        """Scalars that the last forward pass adds to the training loss, by name, already multiplied by their weights.
+
+        They can be taken once. They are made in the forward pass since an engine may have only then the parameters.
+        """
+        return {}
+
+    def new_cache(self, max_len: int) -> Cache:
+        """An empty cache for `max_len` positions, as `forward` takes it."""
+        raise NotImplementedError
+
+
+class HeadAttention(AttentionBase):
     """Projections of queries, keys and values to heads, and of the heads back.
 
     With fewer key/value heads than heads it is GQA (Ainslie 2023), with one MQA (Shazeer 2019).
@@ -72,14 +65,6 @@ class AttentionBase(nn.Module):
     def output(self, y_BHTA: Tensor) -> Tensor:
         """[B, H, T, A] → [B, T, D]."""
         return self.wo(y_BHTA.transpose(1, 2).flatten(2))
-
-    def losses(self) -> dict[str, Tensor]:
-        """Scalars that belong to the training loss, by name, already multiplied by their weights."""
-        return {}
-
-    def new_cache(self, max_len: int) -> Cache:
-        """An empty cache for `max_len` positions, as `forward` takes it."""
-        raise NotImplementedError
 
     def _heads(self, x_BTX: Tensor) -> Tensor:
         return x_BTX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch.nn.attention.flex_attention import and_masks
 
 from twohop.models.attention.base import AttentionBase
+from twohop.models.attention.latent import LatentAttention
 from twohop.models.attention.linear import LinearAttention
 from twohop.models.attention.masks import PATTERNS, Pattern
 from twohop.models.attention.masks import causal as causal_mask
@@ -16,6 +17,7 @@ from twohop.models.config import ModelConfig
 KINDS: dict[str, Callable[[ModelConfig], AttentionBase]] = {
     "memory": MemoryAttention,
     "linear": LinearAttention,
+    "latent": LatentAttention,
     "adaptive_span": SpanAttention,
 }
 

@@ -35,9 +35,9 @@ class KVCache:
             return self._keys, self._values
         if self._keys is None or self._values is None:
             # Allocated here, where batch size, device and dtype (autocast's, perhaps) are known.
-            batch, heads, _, width = k_BGTA.shape
-            self._keys = k_BGTA.new_empty(batch, heads, self.max_len, width)
-            self._values = v_BGTA.new_empty(batch, heads, self.max_len, width)
+            batch, heads = k_BGTA.shape[:2]
+            self._keys = k_BGTA.new_empty(batch, heads, self.max_len, k_BGTA.shape[-1])
+            self._values = v_BGTA.new_empty(batch, heads, self.max_len, v_BGTA.shape[-1])
         self._keys[:, :, start : self.length] = k_BGTA
         self._values[:, :, start : self.length] = v_BGTA
         return self.kept()

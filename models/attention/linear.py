@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twohop.models.attention.base import AttentionBase, Rope, rotate
+from twohop.models.attention.base import HeadAttention
+from twohop.models.attention.rope import Rope, rotate
 from twohop.models.config import ModelConfig
 
 
@@ -23,7 +24,7 @@ class LinearState:
         self.k_BHA: Tensor | None = None
 
 
-class LinearAttention(AttentionBase):
+class LinearAttention(HeadAttention):
     """Linear attention (Katharopoulos 2020), or with `decay` multi-scale retention (Sun 2023, RetNet).
 
     Without decay φ(q)·φ(k) with φ = elu + 1 stands for exp(q·k), and a normaliser makes the weights add up to 1; RoPE

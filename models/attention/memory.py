@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from twohop.models.attention.attend import attend
-from twohop.models.attention.base import AttentionBase, Rope, rope_angles, rotate
+from twohop.models.attention.base import HeadAttention
 from twohop.models.attention.cache import KVCache
 from twohop.models.attention.masks import causal
+from twohop.models.attention.rope import Rope, rope_angles, rotate
 from twohop.models.config import ModelConfig
 
 
@@ -47,7 +48,7 @@ class Track(NamedTuple):
         return self.k_BGSA[:, :, window], self.v_BGSA[:, :, window]
 
 
-class MemoryAttention(AttentionBase):
+class MemoryAttention(HeadAttention):
     """Multi-head softmax attention over segment, memory and compressed memory."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -6,13 +6,14 @@ Shapes: B sequences, T positions, S positions with a key, D model width, H heads
 from torch import Tensor
 
 from twohop.models.attention.attend import attend
-from twohop.models.attention.base import AttentionBase, Rope, rotate
+from twohop.models.attention.base import HeadAttention
 from twohop.models.attention.cache import KVCache
 from twohop.models.attention.masks import Pattern
+from twohop.models.attention.rope import Rope, rotate
 from twohop.models.config import ModelConfig
 
 
-class Attention(AttentionBase):
+class Attention(HeadAttention):
     """Multi-head softmax attention (Vaswani 2017); `pattern` says which keys a query sees."""
 
     def __init__(self, config: ModelConfig, pattern: Pattern) -> None:

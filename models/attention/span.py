@@ -24,6 +24,7 @@ class SpanAttention(Attention):
         super().__init__(config, Pattern(None, options.window - 1))
         self.window, self.ramp, self.span_loss = options.window, options.ramp or 1, options.span_loss or 0.0
         self.span = nn.Parameter(torch.empty(config.num_heads))
+        self._loss: Tensor | None = None
 
     def attend(
         self,
@@ -38,6 +39,7 @@ class SpanAttention(Attention):
         device, num_queries, num_keys = q_BHTA.device, q_BHTA.shape[2], k_BGSA.shape[2]
         q_T1 = torch.arange(first_query, first_query + num_queries, device=device)[:, None]
         distance_TS = q_T1 - torch.arange(first_key, first_key + num_keys, device=device)
+        self._loss = self.span_loss * self.window * self.span.clamp(0, 1).mean()
         # Outside [0, 1] the forward pass clamps, and the gradient passes nevertheless: a span can come back.
         span_H = self.span + (self.span.clamp(0, 1) - self.span).detach()
         weight_HTS = (1 + (self.window * span_H[:, None, None] - distance_TS) / self.ramp).clamp(0, 1)
@@ -52,6 +54,7 @@ class SpanAttention(Attention):
             q_BHTA, k_BGSA, v_BGSA, attn_mask=log_weight.to(q_BHTA.dtype), enable_gqa=True
         )
 
-    def losses(self) -> dict[str, Tensor]:
+    def take_losses(self) -> dict[str, Tensor]:
         """The l1 loss: `span_loss` times the mean span of the heads, in positions."""
-        return {"span": self.span_loss * self.window * self.span.clamp(0, 1).mean()}
+        loss, self._loss = self._loss, None
+        return {} if loss is None else {"span": loss}

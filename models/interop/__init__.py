@@ -4,25 +4,32 @@ A new family is one file and one line in `FAMILIES`.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from twohop.models.config import ModelConfig, ModelKind, Residual
-from twohop.models.interop.family import Family, InteropError, read_config, write_config
+from twohop.models.interop.deepseek_v3 import DeepseekV3
+from twohop.models.interop.family import Family, read_config, write_config
 from twohop.models.interop.files import CONFIG_FILE, TensorFolder
+from twohop.models.interop.hf_config import InteropError
 from twohop.models.interop.llama import Llama
 from twohop.models.interop.mixtral import Mixtral
+from twohop.models.interop.olmoe import Olmoe
+from twohop.models.interop.qwen3 import Qwen3, Qwen3Moe
 
 __all__ = ["FAMILIES", "Family", "InteropError", "TensorFolder", "differences", "fit_family", "read_folder"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Mixtral(), Llama())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (Mixtral(), Qwen3Moe(), Olmoe(), DeepseekV3(), Llama(), Qwen3())
+}
 # Keys of `ModelConfig` that change neither weights nor logits: how to begin, how to train, and what to call it.
-_FREE = {"name", "max_seq_len", "init_std"}
-_FREE_MOE = {"capacity_factor", "eval_capacity_factor", "capacity_rounding", "min_capacity", "batch_priority"}
-_FREE_MOE |= {"allow_non_causal", "capacity_policy", "capacity_bound", "capacity_margin", "cache"}
-_FREE_ROUTER = {"jitter", "noise", "bias_rate", "load_balance_over"}  # and every loss
+_FREE = {"name", "max_seq_len", "init_std", "layer_drop"}
+_FREE_MOE = {"allow_non_causal", "batch_priority", "cache", "capacity_bound", "capacity_factor", "capacity_margin"}
+_FREE_MOE |= {"capacity_policy", "capacity_rounding", "eval_capacity_factor", "min_capacity"}
+_FREE_ROUTER = {"bias_rate", "iterations", "jitter", "load_balance_over", "noise"}  # and every loss
 
 
 def read_folder(directory: Path) -> tuple[Family, ModelConfig]:
@@ -82,18 +89,27 @@ def _deciding(config: ModelConfig) -> dict[str, Any]:
     moe = plain.pop("moe")
     router = moe.pop("router")
     plain |= {"num_kv_heads": config.kv_heads, "head_dim": config.key_dim}
-    known = {f"model.{key}": value for key, value in plain.items() if key not in _FREE}
+    if all(config.experts_by_block):  # no block is dense
+        del plain["ffn_dim"]
+    known = {f"model.{key}": value for key, value in _flat(plain) if key not in _FREE}
     known["model.moe.experts"] = config.experts_by_block
     if not config.experts_by_layer:
         return known
-    if config.experts_by_block.count(0) == 0:  # no block is dense
-        del known["model.ffn_dim"]
     if router["name"] == "topk_softmax":  # the same weights by another way
         router |= {"name": "softmax_topk", "renormalize": True}
     moe |= {"ffn_dim": config.moe.ffn_dim or config.ffn_dim}
-    known |= {f"model.moe.{key}": value for key, value in moe.items() if key not in {*_FREE_MOE, "experts", "every"}}
+    placed = {"experts", "every", "last"}  # all in the experts of every block
+    known |= {f"model.moe.{key}": value for key, value in moe.items() if key not in _FREE_MOE | placed}
     deciding = {key: value for key, value in router.items() if key not in _FREE_ROUTER and not key.endswith("_loss")}
     return known | {f"model.moe.router.{key}": value for key, value in deciding.items()}
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", innermost) for inner, innermost in _flat(value))
+        else:
+            yield key, value
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from twohop.models.config import Activation, ModelConfig
+from twohop.models.interop.hf_config import HFConfig, InteropError
+from twohop.models.interop.rope import read_rope, write_rope
 
 EXPERT = "{expert}"  # stands for an expert's number in a name
 # Keys of config.json that change nothing in what the model computes from given weights.
@@ -31,38 +33,6 @@ INERT = frozenset(
 )
 
 
-class InteropError(ValueError):
-    """A model or a file that cannot be carried over. Names key or tensor, value and cure."""
-
-
-class HFConfig:
-    """A config.json of which every key is asked for: one that nobody knows may change what the model computes."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-        self._asked: set[str] = set()
-
-    def take(self, key: str, *default: Any) -> Any:
-        """The value of `key`, or the default if the file leaves it out; without a default it must be there."""
-        self._asked.add(key)
-        if key not in self.values and not default:
-            raise InteropError(f"{self.where} has no key {key!r}: complete it")
-        return self.values.get(key, *default)
-
-    def expect(self, key: str, *allowed: Any) -> None:
-        """Refuse a value that our models do not have; the first of `allowed` is what a missing key means."""
-        if (value := self.take(key, allowed[0])) not in allowed:
-            raise InteropError(f"{self.where}: {key}={value} is not supported, only {' or '.join(map(str, allowed))}")
-
-    def finish(self, inert: frozenset[str]) -> None:
-        """Refuse keys that nobody has asked for."""
-        for key in sorted(set(self.values) - self._asked - inert):
-            raise InteropError(
-                f"{self.where}: {key}={self.values[key]} is unknown here and may change what the model computes: "
-                "take the key out of the file if it does not"
-            )
-
-
 @dataclass(frozen=True)
 class Stored:
     """Where files hold a parameter of ours.
@@ -72,12 +42,14 @@ class Stored:
         names: tensors that make it up, one below the other, in equal parts; with `EXPERT` in them, once an expert.
         whole: a single tensor [E, …] that some files hold instead of those of every expert.
         rows: our row i is row rows[i] of theirs; None: the same order.
+        exact: written in fp32, whatever the type of the others.
     """
 
     ours: str
     names: tuple[str, ...]
     whole: str | None = None
     rows: tuple[int, ...] | None = None
+    exact: bool = False
 
 
 class Family:
@@ -87,6 +59,7 @@ class Family:
     architecture: str  # the class in transformers
     sparse = True  # whether it has experts
     inert: frozenset[str] = frozenset()  # more keys of config.json that change nothing
+    lacks: frozenset[str] = frozenset()  # keys that the families share, but not this one
     aliases: dict[str, str] = {}  # noqa: RUF012  (part of a name in some files: what others write)
     layer_mlp = "mlp"  # name of a layer's MoE part
     expert_names = ("gate_proj", "up_proj", "down_proj")
@@ -166,7 +139,7 @@ def read_config(family: Family, values: dict[str, Any], where: str) -> ModelConf
         "ffn_dim": hf.take("intermediate_size"),
         "activation": Activation.swiglu,
         "norm_eps": hf.take("rms_norm_eps"),
-        "rope_theta": _rope_theta(hf),
+        **read_rope(hf),
         "tie_embeddings": hf.take("tie_word_embeddings", False),
         "init_std": hf.take("initializer_range", 0.02),
     }
@@ -194,23 +167,19 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where transformers before 5 looks for it
+        **write_rope(config),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
     }
-    return shared | family.to_hf(config)
-
-
-def _rope_theta(hf: HFConfig) -> float:
-    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    scaling = hf.take("rope_parameters", None) or hf.take("rope_scaling", None) or {}
-    theta = scaling.get("rope_theta", hf.take("rope_theta", 10_000.0))
-    if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
-        raise InteropError(f"{hf.where}: rope_type={kind} is not supported, only default")
-    return theta
+    return {key: value for key, value in (shared | family.to_hf(config)).items() if key not in family.lacks}
 
 
 def matches(patterns: list[str], name: str) -> bool:
     """Whether one of the patterns is the whole name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def qk_norms(ours: str, theirs: str) -> Iterator[Stored]:
+    """The norms of queries and keys."""
+    for name in ("q_norm", "k_norm"):
+        yield Stored(f"{ours}{name}.weight", (f"{theirs}{name}.weight",))

@@ -1,7 +1,7 @@
 """A folder of safetensors: tensors by name, whatever file they are in, read a slice at a time."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twohop.models.interop.family import InteropError
+from twohop.models.interop.hf_config import InteropError
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -71,9 +71,9 @@ class TensorFolder:
             raise InteropError(f"{self.directory / file}: missing or damaged ({error}): get it anew") from None
 
 
-def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    """One safetensors file; tensors may be views of larger ones."""
-    copies = {name: torch.empty_like(x, dtype=dtype, device="cpu").copy_(x).contiguous() for name, x in tensors}
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:
+    """One safetensors file of (name, tensor, type to write); tensors may be views of larger ones."""
+    copies = {name: torch.empty(x.shape, dtype=dtype).copy_(x) for name, x, dtype in tensors}
     save_file(copies, path, metadata={"format": "pt"})
 
 

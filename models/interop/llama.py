@@ -3,7 +3,8 @@
 from typing import Any
 
 from twohop.models.config import ModelConfig
-from twohop.models.interop.family import Family, HFConfig
+from twohop.models.interop.family import Family
+from twohop.models.interop.hf_config import HFConfig
 
 
 class Llama(Family):

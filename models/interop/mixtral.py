@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from twohop.models.attention_config import AttentionConfig
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
-from twohop.models.interop.family import Family, HFConfig
+from twohop.models.interop.family import Family
+from twohop.models.interop.hf_config import HFConfig
 
 
 class Mixtral(Family):
@@ -18,9 +20,12 @@ class Mixtral(Family):
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """See `Family`."""
         hf.expect("router_jitter_noise", 0.0)
-        hf.expect("sliding_window", None)
+        window = hf.take("sliding_window", None)
         router = RouterConfig(top_k=hf.take("num_experts_per_tok"), renormalize=True)
-        return {"moe": MoEConfig(experts=[hf.take("num_local_experts")], every=1, router=router)}
+        return {
+            "attention": AttentionConfig() if window is None else AttentionConfig(kind="sliding", window=window),
+            "moe": MoEConfig(experts=[hf.take("num_local_experts")], every=1, router=router),
+        }
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """See `Family`."""
@@ -28,5 +33,5 @@ class Mixtral(Family):
             "num_local_experts": max(config.experts_by_block),
             "num_experts_per_tok": config.moe.router.top_k,
             "intermediate_size": config.moe.ffn_dim or config.ffn_dim,
-            "sliding_window": None,
+            "sliding_window": config.attention.window if config.attention.kind == "sliding" else None,
         }

@@ -11,8 +11,22 @@ from torch import Tensor
 
 from twohop.models.base import MoEModel
 from twohop.models.build import expert_parameters
-from twohop.models.interop.family import EXPERT, Family, InteropError, Stored, matches
+from twohop.models.interop.family import EXPERT, Family, Stored, matches
 from twohop.models.interop.files import TensorFolder
+from twohop.models.interop.hf_config import InteropError
+
+
+class Written(NamedTuple):
+    """A tensor for a file."""
+
+    name: str
+    tensor: Tensor  # may share memory with a parameter
+    dtype: torch.dtype  # to be written in
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self.tensor.numel() * self.dtype.itemsize
 
 
 class Piece(NamedTuple):
@@ -54,8 +68,10 @@ def load_weights(model: MoEModel, family: Family, folder: TensorFolder) -> None:
 
 
 @torch.no_grad()
-def own_weights(model: MoEModel, family: Family, rank: int, world_size: int) -> Iterator[tuple[str, Tensor]]:
-    """(name in files, tensor) of what this rank writes, so that all ranks together write everything once.
+def own_weights(
+    model: MoEModel, family: Family, rank: int, world_size: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Written]:
+    """What this rank writes, so that all ranks together write everything once.
 
     Experts are written by the first of the ranks that hold them, other tensors by all ranks in turn.
     """
@@ -67,7 +83,7 @@ def own_weights(model: MoEModel, family: Family, rank: int, world_size: int) -> 
             writes = number % world_size == rank
         if writes:
             for piece in _pieces(stored, tensor, first_expert, num_experts, whole=False):
-                yield piece.name, _their_order(piece)
+                yield Written(piece.name, _their_order(piece), torch.float32 if stored.exact else dtype)
 
 
 def _own_tensors(model: MoEModel, family: Family) -> Iterator[tuple[Stored, Tensor, int, int]]:

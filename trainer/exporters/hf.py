@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-from torch import Tensor
 
 from twohop.models.interop import InteropError, fit_family
 from twohop.models.interop.files import CONFIG_FILE, write_index, write_tensors
-from twohop.models.interop.transfer import own_weights
+from twohop.models.interop.transfer import Written, own_weights
 from twohop.trainer.checkpoint import together
 from twohop.trainer.config import ExportConfig, TensorType
 from twohop.trainer.data import Tokenizer
@@ -41,7 +40,7 @@ def export_hf(run: Run, config: ExportConfig) -> dict[str, Any]:
     out = Path(config.out).expanduser()
     unfinished = out.with_name(f".{out.name}.unfinished")
     together(lambda: _make_new(out, unfinished), only_rank_0=True)
-    shards = list(_cut(own_weights(run.model, family, rank(), world_size()), config))
+    shards = list(_cut(own_weights(run.model, family, rank(), world_size(), DTYPES[config.dtype]), config.shard_mib))
     counts = gather_objects(len(shards))
     first, total = sum(counts[: rank()]), sum(counts)
 
@@ -49,9 +48,9 @@ def export_hf(run: Run, config: ExportConfig) -> dict[str, Any]:
         home, size = {}, 0
         for number, shard in enumerate(shards, first + 1):
             file = f"model-{number:05d}-of-{total:05d}.safetensors"
-            write_tensors(unfinished / file, shard, DTYPES[config.dtype])
-            home |= {name: file for name, _ in shard}
-            size += sum(_size(tensor, config) for _, tensor in shard)
+            write_tensors(unfinished / file, shard)
+            home |= {written.name: file for written in shard}
+            size += sum(written.size for written in shard)
         return home, size
 
     def finish() -> None:
@@ -87,22 +86,18 @@ def _make_new(out: Path, unfinished: Path) -> None:
     unfinished.mkdir(parents=True)
 
 
-def _cut(tensors: Iterable[tuple[str, Tensor]], config: ExportConfig) -> Iterable[list[tuple[str, Tensor]]]:
+def _cut(tensors: Iterable[Written], shard_mib: float) -> Iterator[list[Written]]:
     """Lists of tensors of at most `shard_mib` together, or of a single larger one."""
-    shard: list[tuple[str, Tensor]] = []
+    shard: list[Written] = []
     size = 0
-    for name, tensor in tensors:
-        if shard and size + _size(tensor, config) > config.shard_mib * 2**20:
+    for written in tensors:
+        if shard and size + written.size > shard_mib * 2**20:
             yield shard
             shard, size = [], 0
-        shard.append((name, tensor))
-        size += _size(tensor, config)
+        shard.append(written)
+        size += written.size
     if shard:
         yield shard
-
-
-def _size(tensor: Tensor, config: ExportConfig) -> int:
-    return tensor.numel() * DTYPES[config.dtype].itemsize
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
