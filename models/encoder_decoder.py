@@ -7,7 +7,7 @@ Shapes: B sequences, S source positions, T target positions, D model width, V vo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ class Source(NamedTuple):
     moe: tuple[MoEStats, ...]
 
 
+class DecoderCache(NamedTuple):
+    """Keys and values of the target positions so far, and of the source, in one block."""
+
+    own: Cache
+    source: Cache
+
+
 class SideBlock(nn.Module):
     """A block of either side: attention, in the decoder also to the source, then a dense MLP or an MoE layer."""
 
@@ -53,24 +60,41 @@ class SideBlock(nn.Module):
             self.mlp = FeedForward(config.dim, ffn_dim, config.activation)
         self.is_moe = dispatcher is not None
 
-    def feed(self, x_BTD: Tensor, about: TokenInfo, mask_BT: Tensor | None) -> tuple[Tensor, MoEStats | None]:
-        """x and the feed-forward part added; `mask_BT` is False for padding, which an MoE layer does not see."""
-        h_BTD = self.ffn_norm(x_BTD)
-        if not self.is_moe:
-            return x_BTD + self.mlp(h_BTD), None
-        if mask_BT is None:
-            y_BTD, stats = self.moe(h_BTD, about)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        about: TokenInfo,
+        mask_BT: Tensor | None,
+        source: Source | None = None,
+        cache: DecoderCache | None = None,
+    ) -> tuple[Tensor, MoEStats | None]:
+        """[B, T, D] → [B, T, D], and the MoE layer's statistics if there is one.
+
+        `mask_BT` is False for padding, which nobody looks at and no MoE layer sees; a decoder's is behind its targets,
+        so that the causal mask hides it already. With a `source` this is a block of the decoder.
+        """
+        h_BTD = self.attention_norm(x_BTD)
+        if source is None:
+            x_BTD = x_BTD + self.attention(h_BTD, rope, key_mask_BS=mask_BT)
         else:
-            y_1ND, stats = self.moe(h_BTD[mask_BT][None], about)
-            y_BTD = torch.zeros_like(x_BTD).masked_scatter(mask_BT[..., None], y_1ND.to(x_BTD.dtype))
+            own, kept = cache or (None, None)
+            x_BTD = x_BTD + self.attention(h_BTD, rope, own)
+            h_BTD = self.cross_norm(x_BTD)
+            # Positions of both sides are counted alike: a query finds by its own position what stands there, or near.
+            x_BTD = x_BTD + self.cross_attention(
+                h_BTD, rope, kept, source.states_BSD, source.mask_BS, memory_rope=source.rope
+            )
+        y_BTD, stats = self._feed(self.ffn_norm(x_BTD), about, mask_BT)
         return x_BTD + y_BTD, stats
 
-
-class DecoderCache(NamedTuple):
-    """Keys and values of the target positions so far, and of the source, in one block."""
-
-    own: Cache
-    source: Cache
+    def _feed(self, h_BTD: Tensor, about: TokenInfo, mask_BT: Tensor | None) -> tuple[Tensor, MoEStats | None]:
+        if not self.is_moe:
+            return self.mlp(h_BTD), None
+        if mask_BT is None:
+            return self.moe(h_BTD, about)
+        y_1ND, stats = self.moe(h_BTD[mask_BT][None], about)
+        return y_1ND.new_zeros(h_BTD.shape).masked_scatter(mask_BT[..., None], y_1ND), stats
 
 
 class EncoderDecoder(MoEModel):
@@ -134,9 +158,7 @@ class EncoderDecoder(MoEModel):
         )
         moe = []
         for block in self.encoder:
-            h_BSD = block.attention_norm(x_BSD)
-            x_BSD = x_BSD + block.attention(h_BSD, rope, key_mask_BS=mask_BS)
-            x_BSD, stats = block.feed(x_BSD, about, mask_BS)
+            x_BSD, stats = block(x_BSD, rope, about, mask_BS)
             moe += [stats] if stats is not None else []
         states_BSD = self.encoder_norm(x_BSD)
         total_BD = (states_BSD * mask_BS[..., None]).sum(1)
@@ -158,14 +180,7 @@ class EncoderDecoder(MoEModel):
         about = TokenInfo(len(ids_BT), tokens, source.task_B, sample_B, length_B, source.sentence_BD)
         moe = list(source.moe) if start == 0 else []
         for i, block in enumerate(self.decoder):
-            own, kept = cache[i] if cache else (None, None)
-            x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD), rope, own)
-            h_BTD = block.cross_norm(x_BTD)
-            # Positions of both sides are counted alike: a query finds by its own position what stands there, or near.
-            x_BTD = x_BTD + block.cross_attention(
-                h_BTD, rope, kept, source.states_BSD, source.mask_BS, memory_rope=source.rope
-            )
-            x_BTD, stats = block.feed(x_BTD, about, mask_BT)
+            x_BTD, stats = block(x_BTD, rope, about, mask_BT, source, cache[i] if cache else None)
             moe += [stats] if stats is not None else []
         # Tied by use, not by one parameter in two modules: so the tie survives moving off the meta device.
         head_VD = self.embed.weight if self.head is None else self.head.weight
@@ -173,10 +188,8 @@ class EncoderDecoder(MoEModel):
 
     def new_cache(self, source_len: int, max_len: int) -> list[DecoderCache]:
         """An empty cache for sources of `source_len` positions and targets of at most `max_len`."""
-        return [
-            DecoderCache(block.attention.new_cache(max_len), block.cross_attention.new_cache(source_len))
-            for block in self.decoder
-        ]
+        blocks = cast(list[SideBlock], list(self.decoder))
+        return [DecoderCache(b.attention.new_cache(max_len), b.cross_attention.new_cache(source_len)) for b in blocks]
 
     def _embed(self, ids_BT: Tensor, start: int) -> tuple[Tensor, Rope]:
         end = start + ids_BT.shape[1]

@@ -39,7 +39,7 @@ def extract_task(config: ModelConfig, read: Read, task: int) -> EncoderDecoder:
     sides = _sides_by_task(config)
     if not 0 <= task < (config.num_tasks or 0):
         raise ValueError(f"there is no task {task}: the model has {config.num_tasks}")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for side, stack in sides.items():
         for block, num_experts in enumerate(stack.experts_by_block):
             if num_experts:

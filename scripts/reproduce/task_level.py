@@ -4,9 +4,8 @@
     scripts/reproduce/task_level.py --json build/task_level.json
 
 Published: gates by task come close to gates by token (better in the mean over languages, with large models), those by
-sentence are worse than both. Here six tasks made from one text stand for languages; every token goes to 2 of 8 experts
-of half a dense MLP's width each. `token_task` routes by token in the encoder and by task in the decoder, `dense` has
-MLPs of the same compute.
+sentence are worse than both. Here six tasks made from one text stand for languages; in all three variants every token
+goes to 2 of 8 experts, in either stack.
 """
 
 import statistics
@@ -15,29 +14,11 @@ from collections.abc import Sequence
 from common import Trained, arguments, open_study, spread, table, train, values, write_json
 
 BASE = (
-    "experiment=task_moe", "model.dim=96", "model.ffn_dim=192", "data.max_mib=2", "train.steps=500", "train.seq_len=32",
+    "experiment=task_moe", "model.dim=96", "model.ffn_dim=192", "data.max_mib=2", "train.steps=400", "train.seq_len=32",
     "train.global_batch=48", "train.micro_batch=48", "optim.lr=3e-3", "eval.every=0", "eval.batches=20",
     "checkpoint.every=0", "launch.nproc=1",
 )  # fmt: skip
-
-
-def gates(encoder: str, decoder: str) -> tuple[str, ...]:
-    """Overrides for routers of these names."""
-    return (f"model.encoder.moe.router.name={encoder}", f"model.moe.router.name={decoder}")
-
-
-VARIANTS = {
-    "task": gates("task", "task"),
-    "sentence": gates("sentence", "sentence"),
-    "token": gates("softmax_topk", "softmax_topk"),
-    "token_task": gates("softmax_topk", "task"),
-    "dense": (
-        "model.encoder.moe.experts=[]",
-        "model.moe.experts=[]",
-        "model.ffn_dim=384",
-        *gates(*["softmax_topk"] * 2),
-    ),
-}
+ROUTERS = {"task": "task", "sentence": "sentence", "token": "softmax_topk"}
 
 
 def by_task(runs: Sequence[Trained], task: str) -> list[float]:
@@ -48,7 +29,12 @@ def by_task(runs: Sequence[Trained], task: str) -> list[float]:
 def main() -> None:
     """Train all, print how they compare."""
     with open_study(arguments(__doc__)) as options:
-        trained = {name: train(options, name, *BASE, *overrides) for name, overrides in VARIANTS.items()}
+        trained = {
+            name: train(
+                options, name, *BASE, f"model.moe.router.name={router}", f"model.encoder.moe.router.name={router}"
+            )
+            for name, router in ROUTERS.items()
+        }
         tasks = list(trained["task"][0].summary["valid_loss_by_task"])
         rows = [
             [name, spread(values(runs, "valid_loss")), spread(values(runs, "valid_accuracy"))]

@@ -175,32 +175,25 @@ def test_decoding_with_a_cache_gives_the_same_logits(encoder: str, decoder: str)
 
 
 def test_translate_takes_the_best_token_and_stays_at_the_end():
-    model, batch = build(make_config(side("task"), side("task"))), inputs()
+    model, batch = build(make_config(side("task"), side("task"), init_std=2.0)), inputs()
     given = batch["source_BS"], batch["source_length_B"], batch["task_B"]
     source = model.encode(*given)
-    ids = torch.full((4, 1), 7)
-    for _ in range(8):
-        ids = torch.cat([ids, model.decode(ids, source).logits[:, -1:].argmax(-1)], 1)
-    # An end that one row reaches and another does not reach at once.
-    end = int(ids[0, 3])
-    expected = ids[:, 1:].clone()
-    model_end = translate_from(model, given, start=7, end=end)
-    for row in range(4):
-        stops = (expected[row] == end).nonzero()
-        if len(stops):
-            expected[row, int(stops[0]) :] = end
-    assert torch.equal(model_end, expected[:, : model_end.shape[1]])
-    assert (expected[:, model_end.shape[1] :] == end).all()
-
-
-def translate_from(model: EncoderDecoder, given: tuple, start: int, end: int) -> Tensor:
-    """`translate`, which starts from the end's token: so the rows of the two tokens change places."""
-    order = torch.arange(VOCAB)
-    order[[start, end]] = order[[end, start]]
-    swapped = build(model.config)
-    swapped.load_state_dict(model.state_dict() | {"embed.weight": model.embed.weight[order]})
-    source_BS, *others = given
-    return order[translate(swapped, order[source_BS], *others, 8, order[end].item())]
+    went_on = shorter = 0
+    for end in range(VOCAB):
+        ids = torch.full((4, 1), end)
+        for _ in range(8):
+            ids = torch.cat([ids, model.decode(ids, source).logits[:, -1:].argmax(-1)], 1)
+        has_ended = (ids[:, 1:] == end).cumsum(1) > 0
+        expected = ids[:, 1:].masked_fill(has_ended, end)
+        widths = ((~has_ended).sum(1) + 1).clamp(max=8).tolist()
+        assert torch.equal(translate(model, *given, 8, end), expected[:, : max(widths)])
+        for row, width in enumerate(widths):
+            alone = translate(model, *(x[row : row + 1] for x in given), 8, end)
+            assert torch.equal(alone, expected[row : row + 1, :width])
+        went_on += int((expected != ids[:, 1:]).any())
+        shorter += min(widths) < 8
+    assert went_on
+    assert shorter
 
 
 def test_a_sequence_past_max_seq_len_is_refused():

@@ -197,7 +197,9 @@ class _PairMaker:
 
     def split(self, name: str, lines: list[str], sizes: Sequence[float], temperature: float) -> TaskPairs:
         """Pairs of the first `size` of all lines, for each task."""
-        sources, targets, counts = [], [], []
+        sources: list[list[int]] = []
+        targets: list[list[int]] = []
+        counts = []
         encoded_lines = self.tokenizer.encode_batch(lines)
         for task, (task_name, size) in enumerate(zip(self.tasks, sizes, strict=True)):
             count = math.ceil(size * len(lines))

@@ -8,9 +8,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -90,7 +90,7 @@ def load_task(directory: Path | str) -> TaskModel:
     directory = Path(directory)
     try:
         about = json.loads((directory / CONFIG_FILE).read_text())
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), about["model"])
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(ModelConfig), about["model"]))
         model = build_model(to_config(merged, ModelConfig))
         assert isinstance(model, EncoderDecoder)
         stored = TensorFolder(directory)
