@@ -8,7 +8,7 @@ static factor, and, with a fixed data set, cached assignments save routing witho
 
 The first table: drops, and slots (rows that a system that pads would allocate, with one capacity for all micro-batches
 of a step) as a multiple of the assignments, which is the mean capacity factor; 1 is a perfectly balanced layer.
-The second: batches that come again 14 times, experts on two ranks; how much of the training ran without a router.
+The second: 21 batches that come again 14 times, experts on two ranks; how much of the training ran without a router.
 """
 
 import re
@@ -19,15 +19,14 @@ from common import SMALL_LM, Trained, arguments, open_study, spread, table, trai
 
 from twohop.trainer.metrics import read_metrics
 
-MOE = ("model.moe.experts=8", "model.moe.router.top_k=2")
+MOE = ("model.moe.experts=8", "model.moe.router.top_k=2", "train.steps=120")
 CAPACITY = {
     "static C = 1.25": ("model.moe.capacity_factor=1.25",),
     "static C = 2": ("model.moe.capacity_factor=2",),
     "dynamic": ("model.moe.capacity_policy=dynamic",),
-    "dynamic, at most 1.25": ("model.moe.capacity_policy=dynamic", "model.moe.capacity_bound=1.25"),
     "schedule, margin 1.1": ("model.moe.capacity_policy=schedule",),
 }
-AGAIN = ("data.order=batches", "data.max_mib=0.06", "train.steps=400", "launch.nproc=2", "comm.ranks_per_node=1")
+AGAIN = ("data.order=batches", "data.max_mib=0.045", "train.steps=300", "launch.nproc=2", "comm.ranks_per_node=1")
 CACHE = {
     "live": (),
     "cached, trigger 0.9": ("model.moe.cache.enabled=true",),
@@ -51,8 +50,8 @@ def last_factors(run: Trained) -> str:
 
 
 def last_loss(run: Trained) -> float:
-    """Training loss, mean of the last 29 steps: each batch about once."""
-    return mean(record["loss"] for record in steps_of(run)[-29:])
+    """Training loss, mean of the last 21 steps: each batch about once."""
+    return mean(record["loss"] for record in steps_of(run)[-21:])
 
 
 def megabytes(run: Trained) -> float:

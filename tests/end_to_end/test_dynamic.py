@@ -17,7 +17,7 @@ from twohop.trainer.workers import train
 AGAIN = ["data.order=batches", "data.max_mib=0.0005", "eval.batches=1"]
 CACHE = [
     *AGAIN, "model.moe.cache.enabled=true", "model.moe.cache.trigger=0.3", "model.moe.cache.check_every=5",
-    "train.steps=24",
+    "train.steps=18",
 ]  # fmt: skip
 SCHEDULE = ["model.moe.capacity_policy=schedule", "model.moe.capacity_factor=null", "model.moe.capacity_margin=0.9"]
 
@@ -73,7 +73,7 @@ def test_without_repeats_a_cache_changes_nothing(directory: Path) -> None:
 
 
 def test_a_scheduled_capacity_is_the_same_on_any_world_and_follows_each_layer(directory: Path) -> None:
-    overrides = [*SCHEDULE, "train.steps=12", "train.global_batch=16"]
+    overrides = [*SCHEDULE, "train.steps=8"]
     (alone,) = records(directory, 1, *overrides)
     same(records(directory, 4, *overrides, "comm.ep_size=[2,4]")[0], alone)
     first, last = alone[0]["moe"], alone[-1]["moe"]
@@ -82,7 +82,7 @@ def test_a_scheduled_capacity_is_the_same_on_any_world_and_follows_each_layer(di
     factors = [layer["capacity"] for layer in last.values()]
     assert factors[0] != factors[1]
     for layer in last.values():
-        assert layer["slots"] == pytest.approx(layer["capacity"] * 16 * 16 * 2)  # K = 2 of 16 sequences of 16 tokens
+        assert layer["slots"] == pytest.approx(layer["capacity"] * 8 * 16 * 2)  # K = 2 of 8 sequences of 16 tokens
 
 
 def test_a_dynamic_capacity_drops_nothing_and_allocates_no_more_than_it_needs(directory: Path) -> None:

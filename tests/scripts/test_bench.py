@@ -164,6 +164,18 @@ def test_overlap_is_measured(tmp_path: Path) -> None:
     }
 
 
+def test_what_a_cached_plan_saves_is_measured(tmp_path: Path) -> None:
+    answer = tmp_path / "answer.json"
+    place = ["--ranks-per-node", "2", "--rounds", "1", "--ffn-dim", "16", "--json", str(answer)]
+    run = torchrun("scripts/bench/cached.py", *place, "--cases", "8:2")
+    assert run.returncode == 0, run.stderr
+    assert "8 tokens, K=2" in run.stdout
+    flat, dedup = json.loads(answer.read_text())["cases"]
+    assert (flat["way"], dedup["way"]) == ("flat", "dedup")
+    assert all(0 < forward <= both for case in (flat, dedup) for forward, both in (case["live"], case["cached"]))
+    assert 0 < flat["plan_bytes"] < dedup["plan_bytes"]
+
+
 def join_on_this_rank() -> str:
     with pytest.raises(SystemExit) as end:
         common.join_cluster(ranks_per_node=None)
