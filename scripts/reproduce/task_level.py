@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from common import Trained, arguments, open_study, spread, table, train, values, write_json
 
 BASE = (
-    "experiment=task_moe", "model.dim=96", "model.ffn_dim=192", "data.max_mib=2", "train.steps=400", "train.seq_len=32",
-    "train.global_batch=48", "train.micro_batch=48", "optim.lr=3e-3", "eval.every=0", "eval.batches=20",
+    "experiment=task_moe", "model.dim=96", "model.ffn_dim=192", "data.max_mib=1", "train.steps=300", "train.seq_len=32",
+    "train.global_batch=32", "train.micro_batch=32", "optim.lr=3e-3", "eval.every=0", "eval.batches=12",
     "checkpoint.every=0", "launch.nproc=1",
 )  # fmt: skip
 ROUTERS = {"task": "task", "sentence": "sentence", "token": "softmax_topk"}
