@@ -1,12 +1,13 @@
 """What the documents promise: their commands are accepted, their code runs, their links and pictures are true."""
 
 import importlib.util
+import json
 import math
 import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,10 @@ from twohop.models.attention import build_attention
 from twohop.models.attention.attend import dense_mask
 from twohop.models.attention.masks import PATTERNS
 from twohop.models.attention_config import OPTIONS, AttentionConfig
-from twohop.models.config import RouterConfig
+from twohop.models.config import Activation, MoEConfig, RouterConfig
+from twohop.models.interop import FAMILIES, differences
+from twohop.models.interop.family import read_config as read_hf_config
+from twohop.models.interop.family import write_config as write_hf_config
 from twohop.models.routers import ROUTERS, TokenInfo, build_router
 from twohop.models.routers.losses import LOSSES
 from twohop.trainer import cli
@@ -95,6 +99,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
         "models/routers/__init__.py": (ROUTERS, example("models/routers/cosine.py")),
         "models/attention/masks.py": (PATTERNS, {}),
         "models/attention_config.py": (OPTIONS, {}),
+        "models/interop/__init__.py": (FAMILIES, example("models/interop/mistral.py")),
         "comm/wire.py": (FORMATS, {}),
         "trainer/engines/__init__.py": (ENGINES, example("trainer/engines/single.py")),
         "trainer/trackers/__init__.py": (TRACKERS, {"__name__": "example.trackers"}),
@@ -202,6 +207,14 @@ def test_communication_layer_alone_works_as_printed() -> None:
     run_distributed(run_script, 4, code, init=False)
 
 
+@pytest.mark.usefixtures("examples")
+def test_family_of_the_guide_reads_what_it_writes() -> None:
+    config = ModelConfig(vocab_size=257, activation=Activation.swiglu, num_kv_heads=2)
+    written = write_hf_config(FAMILIES["mistral"], config)
+    assert written["architectures"] == ["MistralForCausalLM"]
+    assert not differences(config, read_hf_config(FAMILIES["mistral"], written, "config.json"))
+
+
 # Commands.
 
 
@@ -297,6 +310,12 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: None) -> Sh
     (tmp_path / "corpus").mkdir()
     for name in ("book.txt", "corpus/one.txt", "tokenizer.json"):
         (tmp_path / name).write_text("some text\n")
+    for family in ("mixtral", "llama", "mistral"):
+        (tmp_path / family).mkdir()
+        swiglu = ModelConfig(vocab_size=257, activation=Activation.swiglu)
+        sparse = replace(swiglu, moe=MoEConfig([4], every=1, router=RouterConfig(renormalize=True)))
+        values = write_hf_config(FAMILIES[family], sparse if family == "mixtral" else swiglu)
+        (tmp_path / family / "config.json").write_text(json.dumps(values))
     stored = tmp_path / "runs" / "stored"
     (stored / "checkpoints" / "step-00000001").mkdir(parents=True)
     write_config(stored, Config())

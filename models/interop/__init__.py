@@ -23,7 +23,12 @@ from twohop.models.interop.qwen3 import Qwen3, Qwen3Moe
 __all__ = ["FAMILIES", "Family", "InteropError", "TensorFolder", "differences", "fit_family", "read_folder"]
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Mixtral(), Qwen3Moe(), Olmoe(), DeepseekV3(), Llama(), Qwen3())
+    "mixtral": Mixtral(),
+    "qwen3_moe": Qwen3Moe(),
+    "olmoe": Olmoe(),
+    "deepseek_v3": DeepseekV3(),
+    "llama": Llama(),
+    "qwen3": Qwen3(),
 }
 # Keys of `ModelConfig` that change neither weights nor logits: how to begin, how to train, and what to call it.
 _FREE = {"name", "max_seq_len", "init_std", "layer_drop"}

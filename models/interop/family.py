@@ -126,8 +126,19 @@ def read_config(family: Family, values: dict[str, Any], where: str) -> ModelConf
             f"{where}: quantization_config={quantization.get('quant_method', quantization)}: "
             "the weights are quantised; convert them to bf16 or fp32 first"
         )
+    try:
+        config = ModelConfig(**(_shared_options(family, hf) | family.from_hf(hf)))
+    except InteropError:
+        raise
+    except ValueError as error:
+        raise InteropError(f"{where}: {error}") from None
+    hf.finish(INERT | family.inert)
+    return config
+
+
+def _shared_options(family: Family, hf: HFConfig) -> dict[str, Any]:
     heads = hf.take("num_attention_heads")
-    shared = {
+    return {
         "name": family.model_type,
         "vocab_size": hf.take("vocab_size"),
         "max_seq_len": hf.take("max_position_embeddings"),
@@ -143,12 +154,6 @@ def read_config(family: Family, values: dict[str, Any], where: str) -> ModelConf
         "tie_embeddings": hf.take("tie_word_embeddings", False),
         "init_std": hf.take("initializer_range", 0.02),
     }
-    try:
-        config = ModelConfig(**(shared | family.from_hf(hf)))
-    except ValueError as error:
-        raise error if isinstance(error, InteropError) else InteropError(f"{where}: {error}") from None
-    hf.finish(INERT | family.inert)
-    return config
 
 
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from twohop.models.base import MoEModel
 from twohop.models.build import expert_parameters
+from twohop.models.init import assign
 from twohop.models.interop.family import EXPERT, Family, Stored, matches
 from twohop.models.interop.files import TensorFolder
 from twohop.models.interop.hf_config import InteropError
@@ -49,13 +51,16 @@ def load_weights(model: MoEModel, family: Family, folder: TensorFolder) -> None:
         InteropError: a tensor is missing, misshapen, or belongs to nothing in the model; names it.
     """
     known: set[str] = set()
-    found = {_canonical(family, name): name for name in folder.names}
+    found = _by_usual_name(family, folder)
     for stored, tensor, first_expert, num_experts in _own_tensors(model, family):
+        # Of a tensor that an engine has shared out, the whole is read and this rank's part kept.
+        target = torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, DTensor) else tensor
         whole = stored.whole is not None and stored.whole in found
-        known |= {stored.whole} if whole and stored.whole else _all_names(stored, num_experts)
-        for piece in _pieces(stored, tensor, first_expert, num_experts, whole):
-            if piece.name not in found:
-                raise InteropError(f"{folder.directory} lacks the tensor {piece.name}, which {stored.ours} needs")
+        needed = {stored.whole} if whole and stored.whole else _all_names(stored, num_experts)
+        if missing := sorted(needed - found.keys()):  # also those that other ranks read: so all say the same
+            raise InteropError(f"{folder.directory} lacks the tensor {missing[0]}, which {stored.ours} needs")
+        known |= needed
+        for piece in _pieces(stored, target, first_expert, num_experts, whole):
             name = found[piece.name]
             if (shape := folder.shape(name)) != piece.shape:
                 raise InteropError(
@@ -64,6 +69,8 @@ def load_weights(model: MoEModel, family: Family, folder: TensorFolder) -> None:
                 )
             rows = folder.read(name, piece.start, piece.start + len(piece.view) if whole else None)
             piece.view.copy_(rows if piece.rows is None else rows[torch.tensor(piece.rows)])
+        if target is not tensor:
+            assign(tensor, target)
     _refuse_unknown(family, model, folder, set(found) - known, found)
 
 
@@ -73,7 +80,8 @@ def own_weights(
 ) -> Iterator[Written]:
     """What this rank writes, so that all ranks together write everything once.
 
-    Experts are written by the first of the ranks that hold them, other tensors by all ranks in turn.
+    Experts are written by the first of the ranks that hold them, other tensors by all ranks in turn. Every rank must
+    draw all of it: what an engine has shared out is put together on the way.
     """
     experts = expert_parameters(model)
     for number, (stored, tensor, first_expert, num_experts) in enumerate(_own_tensors(model, family)):
@@ -81,6 +89,8 @@ def own_weights(
             writes = experts[stored.ours].dispatcher.topology.edp_rank == 0
         else:
             writes = number % world_size == rank
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         if writes:
             for piece in _pieces(stored, tensor, first_expert, num_experts, whole=False):
                 yield Written(piece.name, _their_order(piece), torch.float32 if stored.exact else dtype)
@@ -94,8 +104,9 @@ def _own_tensors(model: MoEModel, family: Family) -> Iterator[tuple[Stored, Tens
         layer = experts.get(stored.ours)
         first, count = (0, 0) if layer is None else (layer.dispatcher.first_expert, layer.dispatcher.num_experts)
         yield stored, state.pop(stored.ours), first, count
-    if state:
-        raise InteropError(f"{family.model_type} has no place for the tensor {next(iter(state))} of this model")
+    # Buffers that are left count for training alone, such as what a capacity has learned of the load.
+    if left := [name for name, _ in model.named_parameters() if name in state]:
+        raise InteropError(f"{family.model_type} has no place for the parameter {left[0]} of this model")
 
 
 def _pieces(stored: Stored, tensor: Tensor, first_expert: int, num_experts: int, whole: bool) -> Iterator[Piece]:
@@ -123,10 +134,17 @@ def _their_order(piece: Piece) -> Tensor:
     return theirs
 
 
-def _canonical(family: Family, name: str) -> str:
-    for alias, usual in family.aliases.items():
-        name = name.replace(alias, usual)
-    return name
+def _by_usual_name(family: Family, folder: TensorFolder) -> dict[str, str]:
+    """Names in the folder by those that the family's files usually have."""
+    found: dict[str, str] = {}
+    for name in sorted(folder.names):
+        usual = name
+        for alias, instead in family.aliases.items():
+            usual = usual.replace(alias, instead)
+        if usual in found:
+            raise InteropError(f"{folder.directory}: tensors {found[usual]} and {name} are two names of the same")
+        found[usual] = name
+    return found
 
 
 def _refuse_unknown(

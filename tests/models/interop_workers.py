@@ -24,7 +24,7 @@ def load(directory: Path, ep_size: int | None = None, reads: list | None = None)
     folder = TensorFolder(directory)
     if reads is not None:
         read = folder.read
-        folder.read = lambda name, *rows: reads.append((name, rows[0])) or read(name, *rows)
+        folder.read = lambda name, *rows: reads.append((name, rows)) or read(name, *rows)
     load_weights(model, family, folder)
     return model.eval()
 
@@ -39,5 +39,5 @@ def load_and_write(directory: Path, ids_BT: torch.Tensor, ep_size: int) -> tuple
     reads: list = []
     model = load(directory, ep_size, reads)
     family, _ = fit_family(model.config)
-    written = {name: x.clone() for name, x in own_weights(model, family, dist.get_rank(), dist.get_world_size())}
+    written = {name: x.clone() for name, x, _ in own_weights(model, family, dist.get_rank(), dist.get_world_size())}
     return logits_of(model, ids_BT), reads, written

@@ -42,6 +42,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     ],
 )
 def test_logits_are_those_of_the_dense_model(moe, training):
+    check_upcycling(config(moe))
     model, dense = upcycled(moe).train(training), dense_model()
     expected = logits(dense)
     assert expected.std() > 0.3
@@ -73,7 +74,7 @@ def test_every_rank_copies_into_its_own_experts():
 )
 def test_weights_that_do_not_add_up_to_1_are_refused(router, message):
     with pytest.raises(ValueError, match=message):
-        upcycled(MoEConfig(experts=[4], router=router))
+        check_upcycling(config(MoEConfig(experts=[4], router=router)))
 
 
 @pytest.mark.parametrize(

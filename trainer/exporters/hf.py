@@ -45,7 +45,8 @@ def export_hf(run: Run, config: ExportConfig) -> dict[str, Any]:
     first, total = sum(counts[: rank()]), sum(counts)
 
     def write_shards() -> tuple[dict[str, str], int]:
-        home, size = {}, 0
+        home: dict[str, str] = {}
+        size = 0
         for number, shard in enumerate(shards, first + 1):
             file = f"model-{number:05d}-of-{total:05d}.safetensors"
             write_tensors(unfinished / file, shard)
