@@ -86,6 +86,17 @@ def test_pairs_hold_what_their_task_makes_of_lines_of_the_text(tmp_path: Path):
     assert len(data.train) > 600
 
 
+def test_a_line_of_both_splits_is_left_to_validation(tmp_path: Path):
+    write_corpus(tmp_path)
+    path = tmp_path / "corpus.txt"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, *others, first, others[0]]))
+    data = build_task_data(data_config(tmp_path), 64)
+    train, valid = ({texts(split, n)[1] for n in range(len(split))} for split in (data.train, data.valid))
+    assert {first, others[0]} <= valid
+    assert not train & valid
+
+
 def test_a_batch_is_what_the_model_is_called_with(tmp_path: Path):
     pairs = build_task_data(data_config(tmp_path), 64).train
     numbers = [5, 0, 31, 8]
