@@ -250,7 +250,7 @@ class MoEConfig:
 
 @dataclass
 class EncoderConfig:
-    """The encoder of an encoder-decoder; width, heads and all else are the model's, whose own layers are the decoder."""
+    """The encoder of an encoder-decoder; all else is as in the model, whose own layers are the decoder."""
 
     num_layers: int = 4
     ffn_dims: list[int] = field(default_factory=list)  # see `ModelConfig`
@@ -343,7 +343,7 @@ class ModelConfig:
         )
         _require(
             len(self.ffn_dims) in (0, self.num_layers) and all(width >= 1 for width in self.ffn_dims),
-            f"model.ffn_dims={self.ffn_dims}: list a positive width for each of the {self.num_layers} blocks, or nothing",
+            f"model.ffn_dims={self.ffn_dims}: list a positive width for each of the {self.num_layers} blocks, or none",
         )
         is_pair = self.kind is ModelKind.encoder_decoder
         _require(
