@@ -8,7 +8,7 @@ static factor, and, with a fixed data set, cached assignments save routing witho
 
 The first table: drops, and slots (rows that a system that pads would allocate, with one capacity for all micro-batches
 of a step) as a multiple of the assignments, which is the mean capacity factor; 1 is a perfectly balanced layer.
-The second: 21 batches that come again 14 times, experts on two ranks; how much of the training ran without a router.
+The second: 14 batches that come again 14 times, experts on two ranks; how much of the training ran without a router.
 """
 
 import re
@@ -26,7 +26,7 @@ CAPACITY = {
     "dynamic": ("model.moe.capacity_policy=dynamic",),
     "schedule, margin 1.1": ("model.moe.capacity_policy=schedule",),
 }
-AGAIN = ("data.order=batches", "data.max_mib=0.045", "train.steps=300", "launch.nproc=2", "comm.ranks_per_node=1")
+AGAIN = ("data.order=batches", "data.max_mib=0.03", "train.steps=200", "launch.nproc=2", "comm.ranks_per_node=1")
 CACHE = {
     "live": (),
     "cached, trigger 0.9": ("model.moe.cache.enabled=true",),
@@ -50,8 +50,8 @@ def last_factors(run: Trained) -> str:
 
 
 def last_loss(run: Trained) -> float:
-    """Training loss, mean of the last 21 steps: each batch about once."""
-    return mean(record["loss"] for record in steps_of(run)[-21:])
+    """Training loss, mean of the last 14 steps: each batch about once."""
+    return mean(record["loss"] for record in steps_of(run)[-14:])
 
 
 def megabytes(run: Trained) -> float:

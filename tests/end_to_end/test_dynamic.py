@@ -17,7 +17,7 @@ from twohop.trainer.workers import train
 AGAIN = ["data.order=batches", "data.max_mib=0.0005", "eval.batches=1"]
 CACHE = [
     *AGAIN, "model.moe.cache.enabled=true", "model.moe.cache.trigger=0.3", "model.moe.cache.check_every=5",
-    "train.steps=18",
+    "train.steps=24",
 ]  # fmt: skip
 SCHEDULE = ["model.moe.capacity_policy=schedule", "model.moe.capacity_factor=null", "model.moe.capacity_margin=0.9"]
 
