@@ -105,13 +105,15 @@ def test_runs_are_deleted_unless_their_folder_was_named(tmp_path: Path, monkeypa
 
 def test_priorities_are_drawn_and_tabled_alike_every_time(tmp_path: Path) -> None:
     bpr = load("bpr")
-    curves = {how: [[50.0, 60.0 + i] for i in range(len(bpr.CAPACITIES))] for how in bpr.PRIORITIES}
-    lines = bpr.markdown(curves).splitlines()
-    assert lines[0] == "| C | order of tokens, % | by largest weight, % | by summed weights, % |"
-    assert lines[2].startswith("| 0.1 | 55.0 ± 7.1 |")
-    assert len(lines) == 2 + len(bpr.CAPACITIES)
+    curves = {how: [[0.5, 0.6 + i / 100] for i in range(len(bpr.CAPACITIES))] for how in bpr.PRIORITIES}
+    curves["max"][0] = [0.75, 0.5]
+    lines = bpr.markdown(curves, [0.5, 0.5]).splitlines()
+    assert lines[0].startswith("| C | order of tokens | by largest weight | by summed weights |")
+    assert lines[2] == "| 0.1 | 55.0 ± 7.1 | 62.5 ± 17.7 | 55.0 ± 7.1 | +25.0, -10.0 |"
+    assert lines[-1].startswith("| no limit | 50.0 ± 0.0 |")
+    assert len(lines) == 3 + len(bpr.CAPACITIES)
     for name in ("once.svg", "again.svg"):
-        bpr.draw({1: curves, 2: curves}, tmp_path / name)
+        bpr.draw(curves, tmp_path / name)
     assert (tmp_path / "once.svg").read_text() == (tmp_path / "again.svg").read_text()
-    for label in (*bpr.PRIORITIES.values(), *bpr.PLACEMENTS.values()):
+    for label in bpr.PRIORITIES.values():
         assert label in (tmp_path / "once.svg").read_text()
