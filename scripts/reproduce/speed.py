@@ -11,16 +11,17 @@ from common import Trained, configuration
 from twohop.models import generate
 from twohop.models.quantize import quantize_experts
 from twohop.trainer.checkpoint import load_tensors
-from twohop.trainer.config import Config
+from twohop.trainer.config import Config, DistillConfig
 from twohop.trainer.evaluate import evaluate
 from twohop.trainer.setup import Run, set_up, weights_identity
 
-ROUNDS = 7
-ALONE = ("launch.nproc=1", "comm.ranks_per_node=1", "comm.ep_size=null", "distill=null")
+ROUNDS = 5
+ALONE = ("launch.nproc=1", "comm.ranks_per_node=1", "comm.ep_size=null")
 
 
 def opened(config: Config, folder: Path) -> Run:
     """A run in this process, with the weights of its newest checkpoint."""
+    config.distill = DistillConfig()  # speed is that of a model by itself
     run = set_up(config, folder, torch.device("cpu"))
     checkpoint = run.checkpoints.latest()
     assert checkpoint is not None
@@ -31,8 +32,8 @@ def opened(config: Config, folder: Path) -> Run:
 
 
 def evaluations(run: Trained, *overrides: str) -> Callable[[], object]:
-    """Evaluate that run: 8 batches of 16 sequences."""
-    ready = opened(configuration(run, *ALONE, "eval.batches=8", *overrides), run.folder)
+    """Evaluate that run: 4 batches of 16 sequences."""
+    ready = opened(configuration(run, *ALONE, "eval.batches=4", *overrides), run.folder)
     return lambda: evaluate(ready)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.end_to_end import runs
 from tests.tiny import tiny_config
-from twohop.models import ModelConfig, MoEConfig, build_model, init_weights
+from twohop.models import ModelConfig, MoEConfig, RouterConfig, build_model, init_weights
 from twohop.trainer.config import DistillConfig
 from twohop.trainer.data import IGNORED, Batch
 from twohop.trainer.distill import Teacher, divergence_sum
@@ -46,10 +46,9 @@ def test_gradient_reaches_the_student_alone_and_vanishes_where_both_agree() -> N
     assert (student.grad.abs().sum(-1) > 0).equal(TARGETS != IGNORED)
 
 
-def model(dim: int, layers: int, seed: int) -> nn.Module:
-    config = ModelConfig(
-        vocab_size=11, dim=dim, num_layers=layers, num_heads=2, ffn_dim=16, max_seq_len=8, moe=MoEConfig([2])
-    )
+def model(dim: int, layers: int, seed: int, jitter: float = 0.0) -> nn.Module:
+    moe = MoEConfig([2], router=RouterConfig(jitter=jitter))
+    config = ModelConfig(vocab_size=11, dim=dim, num_layers=layers, num_heads=2, ffn_dim=16, max_seq_len=8, moe=moe)
     made = build_model(config)
     init_weights(made, seed)
     return made.double()
@@ -57,7 +56,7 @@ def model(dim: int, layers: int, seed: int) -> nn.Module:
 
 @pytest.mark.parametrize("dim", [8, 12])
 def test_hint_is_the_squared_distance_of_two_states(dim: int) -> None:
-    teacher, student = model(8, 4, 0), model(dim, 2, 1)
+    teacher, student = model(8, 4, 0, jitter=0.5), model(dim, 2, 1)  # noise that a teacher must not have
     config = DistillConfig(
         teacher="there", weight=2.0, temperature=3.0, until=0.5, hint_blocks=[3, 1], hint_weight=0.25
     )
@@ -75,7 +74,7 @@ def test_hint_is_the_squared_distance_of_two_states(dim: int) -> None:
     states: dict[str, Tensor] = {}
     teacher.blocks[2].register_forward_hook(lambda block, given, made: states.update(taught=made[0]))
     student.blocks[0].register_forward_hook(lambda block, given, made: states.update(learned=made[0]))
-    taught = teacher(**batch.inputs).logits
+    taught = teacher.eval()(**batch.inputs).logits
     student(**batch.inputs)
     learned = states["learned"] if dim == 8 else states["learned"] @ student.hint.weight.T
     distance = sum(
