@@ -10,7 +10,7 @@ from twohop.models.routers import TokenInfo
 SCORE = torch.tensor([5.0, 1.0, 3.0, 2.0], dtype=torch.float64)
 LAYER = {
     "experts.up": torch.tensor([[10.0], [20.0], [30.0], [40.0]]),
-    "router.gate.weight": torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 2.0], [3.0, 0.3]]),
+    "router.gate.weight": torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 20.0], [3.0, 0.3]]),
     "router.gate.bias": torch.tensor([1, 2, 3, 4]),
     "residual.mlp.up.weight": torch.ones(4, 2),  # four rows, but not one for each expert
     "router.scale": torch.ones(3),
