@@ -79,8 +79,8 @@ def _multiply(x_RI: Tensor, w_EIO: Tensor, counts_E: list[int]) -> Tensor:
 
 def _weight_gradient(uses: list[_Use]) -> Tensor:
     """[E, O, I]: Σ over an expert's rows of gradient ⊗ input, in the order of the uses."""
-    counts = [counts_E for *_, counts_E in uses]
-    x_RI, grad_RO = (_by_expert([use[i] for use in uses], counts) for i in (0, 1))
+    xs, grads, counts = (list(column) for column in zip(*uses, strict=True))
+    x_RI, grad_RO = _by_expert(xs, counts), _by_expert(grads, counts)
     total_E = [sum(column) for column in zip(*counts, strict=True)]
     if _grouped_mm_is_defined(x_RI.dtype, (grad_RO.shape[1], x_RI.shape[1])):
         return F.grouped_mm(grad_RO.T, x_RI, offs=_ends(total_E, x_RI.device))

@@ -43,9 +43,7 @@ class MoELayer(nn.Module):
         moe, expert_ffn_dim = config.moe, config.moe.ffn_dim or config.ffn_dim
         self.config = moe
         self.dispatcher = dispatcher
-        self.router = build_router(
-            moe.router, config.dim, dispatcher.num_experts, config.vocab_size, config.num_tasks
-        )
+        self.router = build_router(moe.router, config.dim, dispatcher.num_experts, config.vocab_size, config.num_tasks)
         self.capacity = Capacity(moe, dispatcher.num_experts)
         self.cache: AssignmentCache[MoEStats] | None = None
         if moe.cache.enabled:
