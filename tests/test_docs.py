@@ -281,7 +281,7 @@ class Shell:
             options[args[0]] = args[1]
             args = args[2:]
         if args[0] != "-m":
-            assert args == ["example.py"]
+            assert args == ["example.py"] or (ROOT / args[0]).is_file()
             return
         assert args[1] == "twohop.trainer"
         ranks = int(options.get("--nnodes", 1)) * int(options["--nproc-per-node"])
