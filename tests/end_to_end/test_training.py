@@ -139,12 +139,12 @@ def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
     right = [(given.argmax(-1) == ids[1:]).double().mean().item() for given, ids in zip(logits, windows, strict=True)]
     expected = pytest.approx((sum(losses) / len(losses), sum(right) / len(right)), rel=1e-6)
     own, own_text = evaluate(run), generate_text(run, run.config.generate)
-    assert own == expected
+    assert own[:2] == expected  # loss and accuracy
     assert own.accuracy > 0
     assert len(own_text) >= len(run.config.generate.prompt)
     found = run_distributed(evaluated, 4, tmp_path, init=False)
     assert {valid for valid, _ in found} == {found[0][0]}
-    assert found[0][0] == expected
+    assert found[0][0][:2] == expected
     assert {text for _, text in found} == {own_text}
 
 
