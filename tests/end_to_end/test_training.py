@@ -140,7 +140,6 @@ def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
     expected = pytest.approx((sum(losses) / len(losses), sum(right) / len(right)), rel=1e-6)
     own, own_text = evaluate(run), generate_text(run, run.config.generate)
     assert own[:2] == expected  # loss and accuracy
-    assert own.accuracy > 0
     assert len(own_text) >= len(run.config.generate.prompt)
     found = run_distributed(evaluated, 4, tmp_path, init=False)
     assert {valid for valid, _ in found} == {found[0][0]}
