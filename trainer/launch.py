@@ -7,6 +7,7 @@ its own process group. What rank 0 returns, a small dict, comes back to the call
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from twohop.trainer.errors import ConfigError, UserError, WorkerError
 HOST = "127.0.0.1"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, for workers that do not end by themselves
+POLL_S = 0.05  # between two looks at how many workers have been started
 # glibc gives large blocks back to the kernel and faults them in again at every step; keeping them makes expert
 # layers about a quarter faster on the CPU. A value that the user has set wins.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
@@ -70,9 +72,10 @@ def start(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, An
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    with _signals_held(), _environment(config.launch), TemporaryDirectory(prefix="twohop-") as failures:
+    launch = config.launch
+    with _signals_held(launch.nproc), _environment(launch), TemporaryDirectory(prefix="twohop-") as failures:
         try:
-            agent = elastic_launch(_agent_config(config.launch), _work)
+            agent = elastic_launch(_agent_config(launch), _work)
             return agent(worker, config, run_dir, failures)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -129,17 +132,26 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def _signals_held(workers: int) -> Iterator[None]:
     """Workers start with signals blocked, so that Ctrl-C amid their imports does not give a traceback from each.
 
-    A blocked signal waits until `_work` lets it in. Here, another thread stays open to signals, and Python runs their
-    handlers in the main thread all the same. The agent installs handlers and leaves them: the usual ones come back.
+    A blocked signal waits until `_work` lets it in. Here, it waits until all workers are started and the agent can end
+    them; then a thread opens itself to signals, and Python runs their handlers in the main thread all the same.
+    The agent installs handlers and leaves them: the usual ones come back.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     resource_tracker.ensure_running()  # its start, otherwise at the first worker's, unblocks signals
     done = threading.Event()
-    threading.Thread(target=done.wait, daemon=True).start()
+
+    def open_to_signals() -> None:
+        while len(multiprocessing.active_children()) < workers and not done.wait(POLL_S):
+            pass
+        done.wait(POLL_S)  # the agent takes note of the last worker
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        done.wait()
+
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=open_to_signals, daemon=True).start()
     try:
         yield
     finally:

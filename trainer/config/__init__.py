@@ -1,0 +1,56 @@
+"""The whole configuration as typed, validated dataclasses; the YAML groups in configs/ fill them.
+
+Hydra composes the YAML over these schemas, `OmegaConf.to_object` turns the result into real objects, and
+every `__post_init__` then refuses an impossible value with a `ValueError` that names key, value and cure.
+Imports no torch, so that `--help` answers at once.
+"""
+
+from twohop.trainer.config.comm import CommConfig
+from twohop.trainer.config.commands import BenchConfig, Config, ExportConfig, PrepareConfig, TensorType
+from twohop.trainer.config.data import DataConfig, DataOrder, MultitaskConfig, TokenizerConfig, TokenizerKind
+from twohop.trainer.config.running import (
+    CheckpointConfig,
+    EvalConfig,
+    GenerateConfig,
+    LaunchConfig,
+    RunConfig,
+    TrackerConfig,
+)
+from twohop.trainer.config.training import (
+    DecayShape,
+    DistillConfig,
+    EngineConfig,
+    InitConfig,
+    OptimConfig,
+    Precision,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BenchConfig",
+    "CheckpointConfig",
+    "CommConfig",
+    "Config",
+    "DataConfig",
+    "DataOrder",
+    "DecayShape",
+    "DistillConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "InitConfig",
+    "LaunchConfig",
+    "MultitaskConfig",
+    "OptimConfig",
+    "Precision",
+    "PrepareConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TensorType",
+    "TokenizerConfig",
+    "TokenizerKind",
+    "TrackerConfig",
+    "TrainConfig",
+]
