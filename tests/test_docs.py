@@ -27,8 +27,8 @@ from twohop.models import ModelConfig
 from twohop.models.attention import build_attention
 from twohop.models.attention.attend import dense_mask
 from twohop.models.attention.masks import PATTERNS
-from twohop.models.attention_config import OPTIONS, AttentionConfig
 from twohop.models.config import Activation, MoEConfig, RouterConfig
+from twohop.models.config.attention import OPTIONS, AttentionConfig
 from twohop.models.interop import FAMILIES, differences
 from twohop.models.interop.family import read_config as read_hf_config
 from twohop.models.interop.family import write_config as write_hf_config
@@ -98,7 +98,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
     added = {
         "models/routers/__init__.py": (ROUTERS, example("models/routers/cosine.py")),
         "models/attention/masks.py": (PATTERNS, {}),
-        "models/attention_config.py": (OPTIONS, {}),
+        "models/config/attention.py": (OPTIONS, {}),
         "models/interop/__init__.py": (FAMILIES, example("models/interop/mistral.py")),
         "comm/wire.py": (FORMATS, {}),
         "trainer/engines/__init__.py": (ENGINES, example("trainer/engines/single.py")),

@@ -7,8 +7,7 @@ X all heads beside each other.
 from torch import Tensor, nn
 
 from twohop.models.attention.cache import Cache
-from twohop.models.attention_config import QKNorm
-from twohop.models.config import ModelConfig
+from twohop.models.config import ModelConfig, QKNorm
 
 
 class AttentionBase(nn.Module):

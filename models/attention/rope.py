@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from twohop.models.rope_config import RopeScaling, RopeScalingKind
+from twohop.models.config import RopeScaling, RopeScalingKind
 
 Rope = tuple[Tensor, Tensor]
 

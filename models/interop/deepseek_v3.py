@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from twohop.models.attention_config import AttentionConfig
-from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+from twohop.models.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
 from twohop.models.interop.family import Family, Stored, mlp
 from twohop.models.interop.hf_config import HFConfig, InteropError
 

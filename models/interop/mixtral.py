@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from twohop.models.attention_config import AttentionConfig
-from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+from twohop.models.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
 from twohop.models.interop.family import Family
 from twohop.models.interop.hf_config import HFConfig
 

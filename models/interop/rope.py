@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from twohop.models.config import ModelConfig
+from twohop.models.config import ModelConfig, RopeScaling, RopeScalingKind
 from twohop.models.interop.hf_config import HFConfig, InteropError
-from twohop.models.rope_config import RopeScaling, RopeScalingKind
 
 # Their name of each of our options, for every kind that has it.
 _NAMES = {

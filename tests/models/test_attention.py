@@ -21,8 +21,8 @@ from twohop import configs
 from twohop.models import ModelConfig, MoEConfig, RouterConfig, build_model, generate, init_weights
 from twohop.models.attention import KVCache, attend, build_attention, rope_angles
 from twohop.models.attention.masks import PATTERNS
-from twohop.models.attention_config import OPTIONS, AttentionConfig, QKNorm
 from twohop.models.config import Activation
+from twohop.models.config.attention import OPTIONS, AttentionConfig, QKNorm
 
 T, DIM, HEADS = 40, 16, 4
 

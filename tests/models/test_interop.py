@@ -23,12 +23,10 @@ from transformers import (
 from tests.distributed import run_distributed
 from tests.models.interop_workers import load, load_and_write, logits_of
 from twohop.models import ModelConfig, MoEConfig, RouterConfig, build_model, init_weights, parameter_counts
-from twohop.models.attention_config import AttentionConfig, QKNorm
-from twohop.models.config import Activation, ModelKind, Residual
+from twohop.models.config import Activation, AttentionConfig, ModelKind, QKNorm, Residual, RopeScaling, RopeScalingKind
 from twohop.models.interop import InteropError, fit_family, read_folder
 from twohop.models.interop.files import write_tensors
 from twohop.models.interop.transfer import own_weights
-from twohop.models.rope_config import RopeScaling, RopeScalingKind
 
 SIZES = {
     "vocab_size": 50,
