@@ -35,6 +35,12 @@ class MoEModel(nn.Module):
             if isinstance(module, MoELayer):
                 yield name, module
 
+    def every_block(self) -> Iterator[nn.Module]:
+        """The blocks of every stack."""
+        for module in self.modules():
+            if isinstance(module, nn.ModuleList):
+                yield from module
+
     def attention_losses(self) -> dict[str, Tensor]:
         """What all attention layers add to the loss of this forward pass, summed by name; {} for most kinds."""
         total: dict[str, Tensor] = {}

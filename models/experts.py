@@ -36,6 +36,11 @@ class Experts(nn.Module):
         whole.open()
         return whole(rows_RD, counts_E)
 
+    def network(self, rows_RD: Tensor, up: LateWeight, down: LateWeight, counts_E: Sequence[int]) -> Tensor:
+        """The arithmetic alone, in one dtype."""
+        h_RU = grouped_linear(rows_RD, up, counts_E)
+        return grouped_linear(activate(h_RU, self.activation), down, counts_E)
+
 
 class ExpertPass:
     """The experts' work in one pass through a layer, whose rows may come in several calls.
@@ -55,6 +60,4 @@ class ExpertPass:
 
     def __call__(self, rows_RD: Tensor, counts_E: Sequence[int]) -> Tensor:
         """See `Experts.forward`."""
-        h_RU = grouped_linear(rows_RD.to(self.dtype), self.up, counts_E)
-        y_RD = grouped_linear(activate(h_RU, self.experts.activation), self.down, counts_E)
-        return y_RD.to(rows_RD.dtype)
+        return self.experts.network(rows_RD.to(self.dtype), self.up, self.down, counts_E).to(rows_RD.dtype)

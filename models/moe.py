@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BTD: Tensor, about: TokenInfo | None = None) -> tuple[Tensor, MoEStats]:
         """[B, T, D] → [B, T, D] and the layer's statistics. Collective over the dispatcher's EP group."""
         x_ND = x_BTD.flatten(0, 1)
-        planned, stats = self._plan(x_ND, about or TokenInfo(len(x_BTD)))
+        planned, stats = self.plan(x_ND, about or TokenInfo(len(x_BTD)))
         experts = self.experts.begin(x_ND)
         y_ND, (shared_ND, dense_ND) = self.dispatcher.follow(
             planned, x_ND, experts, beside=lambda: self._beside(x_ND, experts)
@@ -77,8 +77,8 @@ class MoELayer(nn.Module):
         if self.cache is not None:
             self.cache.after_step(float(total.repeated), float(total.compared))
 
-    def _plan(self, x_ND: Tensor, about: TokenInfo) -> tuple[Planned, MoEStats]:
-        """Who goes where: by the router, or as it was when this micro-batch came before."""
+    def plan(self, x_ND: Tensor, about: TokenInfo) -> tuple[Planned, MoEStats]:
+        """Who goes where: by the router, or as it was when this micro-batch came before. Collective like `forward`."""
         cache = self.cache if self.training else None
         samples = about.samples() if cache else ()
         if cache and (kept := cache.find(samples)):

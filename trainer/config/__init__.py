@@ -23,6 +23,7 @@ from twohop.trainer.config.training import (
     InitConfig,
     OptimConfig,
     Precision,
+    Recompute,
     ScheduleConfig,
     TrainConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "OptimConfig",
     "Precision",
     "PrepareConfig",
+    "Recompute",
     "RunConfig",
     "ScheduleConfig",
     "TensorType",

@@ -13,6 +13,20 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it from the forward pass; each keeps less than the last.
+
+    `none`; `selective`: what is made number by number in attention, dense networks and experts, while their products
+    are kept; `networks`: attention, dense networks and experts, all from their inputs, while rows that have travelled
+    are kept; `full`: whole blocks from their inputs, with rows travelling again. Routing is kept by all.
+    """
+
+    none = "none"
+    selective = "selective"
+    networks = "networks"
+    full = "full"
+
+
 class DecayShape(Enum):
     """Learning-rate schedule after warm-up: cosine decay, or warm-up–stable–decay (WSD)."""
 
@@ -27,6 +41,23 @@ class EngineConfig:
     name: str = "ddp"
     precision: Precision = Precision.fp32
     reshard_after_forward: bool = True  # fsdp: free gathered parameters until backward; false: faster, more memory
+    zero_stage: int | None = None  # deepspeed: 0, 1 (moments are shared out) or 2 (so are gradients); null: 1
+
+    def __post_init__(self) -> None:
+        for key, engine in (("reshard_after_forward", "fsdp"), ("zero_stage", "deepspeed")):
+            value = getattr(self, key)
+            require(
+                self.name == engine or value == getattr(type(self), key),
+                f"engine.{key}={value} has no use with engine={self.name}: add engine={engine}, or leave it out",
+            )
+        require(
+            self.zero_stage != 3,
+            "engine.zero_stage=3: DeepSpeed shares out the parameters of its own MoE layers alone; use zero_stage=2, "
+            "or engine=fsdp, which shares out parameters too",
+        )
+        require(self.zero_stage in (None, 0, 1, 2), f"engine.zero_stage={self.zero_stage}: use 0, 1 or 2")
+        if self.name == "deepspeed" and self.zero_stage is None:
+            self.zero_stage = 1
 
 
 @dataclass
@@ -79,6 +110,7 @@ class TrainConfig:
     seq_len: int = 256
     global_batch: int = 16  # sequences a step
     micro_batch: int = 4  # sequences a rank pushes through the model at once
+    recompute: Recompute = Recompute.none  # activation checkpointing
 
     def __post_init__(self) -> None:
         require_at_least(1, "train", self, "steps", "seq_len", "global_batch", "micro_batch")

@@ -7,7 +7,6 @@ are used and scatters the summed gradients after backward.
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,15 +17,14 @@ from twohop.models.moe import MoELayer
 from twohop.trainer.config import Config, Precision
 from twohop.trainer.engines.base import TorchEngine
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.world import world_size
+from twohop.trainer.world import open_world_of_one, world_size
 
 
 class FsdpEngine(TorchEngine):
     """See `Engine`. The collectives are FSDP's: sums, without averaging."""
 
     def __init__(self, model: MoEModel, config: Config) -> None:
-        if not dist.is_initialized():  # a world of one process
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        open_world_of_one()
         device_type = next(model.parameters()).device.type
         self.world = init_device_mesh(device_type, (world_size(),))
         self.reshard = config.engine.reshard_after_forward
@@ -38,10 +36,8 @@ class FsdpEngine(TorchEngine):
         self.whole_experts: set[nn.Parameter] = set()  # of layers without replicas: nothing to share out
         for _, layer in model.moe_layers():
             self._shard_experts(layer)
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    self._shard(block, self.world)
+        for block in model.every_block():
+            self._shard(block, self.world)
         self._shard(model, self.world)
         super().__init__(model, config)
 

@@ -1,0 +1,138 @@
+"""Activation checkpointing: the same bits as without, less memory, and nothing decided, counted or drawn twice."""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from tests.distributed import run_distributed
+from tests.tiny import tiny_config
+from tests.trainer.test_engine import batch, whole
+from twohop.comm import Topology, TrafficMeter, build_dispatcher
+from twohop.models import MoEModel, build_model, init_weights
+from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
+from twohop.trainer.config import Recompute
+from twohop.trainer.engines import build_engine
+from twohop.trainer.objective import cross_entropy_sum
+from twohop.trainer.recompute import recompute_activations
+from twohop.trainer.world import rank, sum_over_world
+
+# Jitter and capacity are in the tiny model. What is counted globally would be wrong if it were counted twice.
+OVERRIDES = ["model.vocab_size=32", "model.moe.router.load_balance_over=global_batch"]
+
+
+def loss_of(model: MoEModel, ids_BT1: Tensor) -> tuple[Tensor, list[Tensor]]:
+    output = model(ids_BT1[:, :-1])
+    losses = [loss for stats in output.moe for loss in stats.losses.values()] + list(output.losses.values())
+    loss = torch.stack([cross_entropy_sum(output.logits, ids_BT1[:, 1:]), *losses]).sum()
+    return loss, [loss.detach(), *(stats.load_E for stats in output.moe)]
+
+
+def steps_on_this_rank(directory: Path, engine: str, ep_sizes: list[int], mode: str, *overrides: str) -> dict[str, Any]:
+    """Two steps of two micro-batches on each rank: everything that the world can tell of them."""
+    config = tiny_config(directory, f"engine.name={engine}", f"train.recompute={mode}", *OVERRIDES, *overrides)
+    topology, meter = Topology.discover(), TrafficMeter()
+    model = build_model(
+        config.model,
+        lambda i, n: build_dispatcher("dedup", topology.with_ep(ep_sizes[i]), n, chunks=2, meter=meter),
+    )
+    init_weights(model, 1)
+    for _, layer in model.moe_layers():
+        layer.router.sum_over_ranks = lambda load_E: sum_over_world(load_E, "loads")
+    recompute_activations(model, config.train.recompute)
+    built = build_engine(model, config)
+    told: list[Tensor] = []
+    norms = []
+    for step in range(2):
+        built.model.train()
+        for index in range(2):
+            torch.manual_seed(7 * step + index)
+            with built.autocast():
+                loss, seen = loss_of(built.model, batch(step, 2 * rank() + index))
+            built.backward(loss, index == 1)
+            told += seen
+        norms.append(built.step(1.0))
+        for _, layer in built.model.moe_layers():
+            layer.router.after_step(seen[1].double())
+    weights = [whole(parameter.detach()) for parameter in built.model.parameters()]
+    return {"told": told + weights, "norms": norms, "traffic": meter.snapshot()}
+
+
+def all_modes_on_this_rank(directory: Path, engine: str, ep_sizes: list[int], *overrides: str) -> dict[str, Any]:
+    return {mode.value: steps_on_this_rank(directory, engine, ep_sizes, mode.value, *overrides) for mode in Recompute}
+
+
+@pytest.mark.parametrize(
+    ("engine", "nproc", "ep_sizes", "precision"),
+    [("ddp", 1, [1, 1], "fp32"), ("ddp", 2, [2, 2], "bf16"), ("fsdp", 2, [1, 2], "fp32")],
+)
+def test_nothing_changes_but_the_messages(
+    tmp_path: Path, engine: str, nproc: int, ep_sizes: list[int], precision: str
+) -> None:
+    tiny_config(tmp_path)  # writes the corpus, once
+    arguments = (tmp_path, engine, ep_sizes, f"engine.precision={precision}")
+    for results in run_distributed(all_modes_on_this_rank, nproc, *arguments):
+        plain = results.pop("none")
+        for mode, ours in results.items():
+            assert ours["norms"] == plain["norms"], mode
+            assert all(torch.equal(a, b) for a, b in zip(ours["told"], plain["told"], strict=True)), mode
+            for level, phases in plain["traffic"].items():
+                for phase, (size, messages) in phases.items():
+                    again = 2 if (mode, phase) == ("full", "dispatch") else 1
+                    if (mode, phase) != ("full", "combine"):  # of which only what somebody needs is repeated
+                        assert ours["traffic"][level][phase] == (again * size, again * messages), (mode, phase)
+
+
+def peak_bytes(directory: Path, mode: Recompute) -> int:
+    config = tiny_config(directory, *OVERRIDES)
+    model = build_model(config.model)
+    init_weights(model, 0)
+    recompute_activations(model, mode)
+    model.train()
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        loss_of(model, torch.cat([batch(0, index) for index in range(8)]))[0].backward()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return snapshot["Total"]
+
+
+def test_each_mode_needs_less_memory_than_the_last(tmp_path: Path) -> None:
+    peaks = [peak_bytes(tmp_path, mode) for mode in Recompute]
+    print(peaks)
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Recompute if mode is not Recompute.none])
+def test_routers_decide_once_and_evaluation_is_left_alone(tmp_path: Path, mode: Recompute) -> None:
+    config = tiny_config(tmp_path, *OVERRIDES)
+    model = build_model(config.model)
+    init_weights(model, 0)
+    recompute_activations(model, mode)
+    with patch.object(SoftmaxTopKRouter, "forward", autospec=True, side_effect=SoftmaxTopKRouter.forward) as forward:
+        loss_of(model.train(), batch(0, 0))[0].backward()
+        assert forward.call_count == 2  # layers
+        with patch("twohop.trainer.recompute.checkpoint", side_effect=AssertionError):
+            loss_of(model.eval(), batch(0, 0))
+            with torch.no_grad():
+                loss_of(model.train(), batch(0, 0))
+
+
+def test_losses_of_attention_are_not_left_behind_by_a_repetition(tmp_path: Path) -> None:
+    settings = ["model.attention.kind=adaptive_span", "model.attention.window=8", "model.attention.span_loss=0.1"]
+    config = tiny_config(tmp_path, *OVERRIDES, *settings)
+    gradients = []
+    for mode in Recompute:
+        model = build_model(config.model)
+        init_weights(model, 0)
+        recompute_activations(model, mode)
+        torch.manual_seed(0)
+        loss_of(model.train(), batch(0, 0))[0].backward()
+        assert model.attention_losses() == {}
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(a, b) for ours in gradients for a, b in zip(ours, gradients[0], strict=True))
