@@ -10,6 +10,7 @@ from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
+    from twohop.comm.clock import PhaseClock
     from twohop.comm.cost import CostModel
     from twohop.comm.diagnose import announce_failure
     from twohop.comm.dispatcher import Dispatched, Planned, TokenDispatcher, build_dispatcher
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "build_all_to_all": "all_to_all",
+    "PhaseClock": "clock",
     "CostModel": "cost",
     "AutoOptions": "way",
     "Dispatched": "dispatcher",
@@ -44,6 +46,7 @@ __all__ = [
     "Dispatched",
     "HopWires",
     "NotFiniteError",
+    "PhaseClock",
     "Planned",
     "TokenDispatcher",
     "Topology",

@@ -7,11 +7,13 @@ Shapes: N tokens, D width, K experts per token, R rows at this rank's experts.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from twohop.comm.clock import COMBINE, DISPATCH, EXPERTS, PhaseClock
 from twohop.comm.counts import NOT_FINITE, WRONG_EXPERTS, Grid
 from twohop.comm.diagnose import announce_failure
 from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
@@ -59,8 +61,10 @@ class TokenDispatcher:
     It has no state but its groups, the number of its plans and, for `auto`, what it knows of the sizes.
     """
 
-    def __init__(self, topology: Topology, num_experts: int, label: str, choose: Chooser, tokens: int) -> None:
-        self.topology, self.num_experts, self.label = topology, num_experts, label
+    def __init__(
+        self, topology: Topology, num_experts: int, label: str, choose: Chooser, tokens: int, clock: PhaseClock
+    ) -> None:
+        self.topology, self.num_experts, self.label, self.clock = topology, num_experts, label, clock
         self.grid = Grid(tuple(axis.size for axis in topology.axes if axis.size > 1), num_experts)
         self._choose = choose
         self._most_tokens = tokens  # of any rank, at the last call; known to all ranks alike
@@ -94,10 +98,11 @@ class TokenDispatcher:
                 died or did not come; names rank, layer and phase.
             ValueError: tokens, ids and weights do not fit each other.
         """
-        planned = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
-        (weight_n,) = carry_weights(weights_NK, planned.plan)
-        (chunk,) = planned.plan.chunks
-        rows_RD = last(way_there(tokens_ND, chunk, planned.way.wires))
+        with self.clock.phase(DISPATCH, self.label):
+            planned = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
+            (weight_n,) = carry_weights(weights_NK, planned.plan)
+            (chunk,) = planned.plan.chunks
+            rows_RD = last(way_there(tokens_ND, chunk, planned.way.wires))
         return Dispatched(rows_RD, chunk.counts, planned.plan, weight_n, planned.way)
 
     @torch.compiler.disable
@@ -122,7 +127,8 @@ class TokenDispatcher:
         with announce_failure(self.topology, f"{self.label}, experts"):
             _check_expert_rows(expert_rows_RD, dispatched.rows)
         (chunk,) = dispatched.plan.chunks
-        return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
+        with self.clock.phase(COMBINE, self.label):
+            return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
 
     @torch.compiler.disable
     def run(
@@ -145,7 +151,7 @@ class TokenDispatcher:
         Returns:
             [N, D] as `combine` gives it, and what `beside` returned, or None.
         """
-        return self.follow(self._plan(tokens_ND, expert_ids_NK, weights_NK), tokens_ND, experts, beside)
+        return self.follow(self.plan(tokens_ND, expert_ids_NK, weights_NK), tokens_ND, experts, beside)
 
     @torch.compiler.disable
     def plan(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> Planned:
@@ -153,7 +159,8 @@ class TokenDispatcher:
 
         Every rank of the EP group must call this, and `follow` afterwards. Arguments and errors as in `dispatch`.
         """
-        return self._plan(tokens_ND, expert_ids_NK, weights_NK)
+        with self.clock.phase(DISPATCH, self.label):
+            return self._plan(tokens_ND, expert_ids_NK, weights_NK)
 
     @torch.compiler.disable
     def follow(
@@ -176,12 +183,15 @@ class TokenDispatcher:
         self._most_tokens = planned.plan.most_tokens
 
         def announced_experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
-            with announce_failure(self.topology, f"{self.label}, experts"):
+            with announce_failure(self.topology, f"{self.label}, experts"), self.clock.phase(EXPERTS, self.label):
                 expert_rows_RD = experts(rows_RD, counts)
                 _check_expert_rows(expert_rows_RD, rows_RD)
             return expert_rows_RD
 
-        return run(tokens_ND, planned.weights_NK, planned.plan, planned.way.wires, announced_experts, beside)
+        def phase(name: str) -> AbstractContextManager[None]:
+            return self.clock.phase(name, self.label)
+
+        return run(tokens_ND, planned.weights_NK, planned.plan, planned.way.wires, announced_experts, beside, phase)
 
     def way(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor) -> Way:
         """How the next call with such tokens carries them; no communication, the same on all ranks."""
@@ -243,6 +253,7 @@ def build_dispatcher(
     wires: Wires | None = None,
     label: str = "",
     meter: TrafficMeter | None = None,
+    clock: PhaseClock | None = None,
     auto: AutoOptions | None = None,
 ) -> TokenDispatcher:
     """Make the dispatcher `name`: flat, hierarchical, dedup, or auto. Makes no communication.
@@ -254,6 +265,7 @@ def build_dispatcher(
         wires: how rows are encoded on each hop; None sends them as they are.
         label: names the layer in errors.
         meter: counts what is sent.
+        clock: times dispatch, experts, combine and the waits of exchanges.
         auto: what `auto` chooses by; the same on all ranks.
 
     Raises:
@@ -269,12 +281,13 @@ def build_dispatcher(
         )
     if chunks < 1:
         raise ValueError(f"chunks={chunks}: use 1 for no overlap, or more")
-    wires = wires or Wires()
+    wires, clock = wires or Wires(), clock or PhaseClock()
     check_wires(wires)
     if name != "auto":
-        way = Way(name, hops_of(name, topology, label, meter), chunks, wires)
-        return TokenDispatcher(topology, num_experts, label, lambda *_: way, 0)
+        way = Way(name, hops_of(name, topology, label, meter, clock), chunks, wires)
+        return TokenDispatcher(topology, num_experts, label, lambda *_: way, 0, clock)
     if auto is None:
         raise ValueError("dispatcher auto needs AutoOptions: fit a cost model or load one")
-    hops = {name: hops_of(name, topology, label, meter) for name in ROUTES}
-    return TokenDispatcher(topology, num_experts, label, by_cost(topology, num_experts, wires, hops, auto), auto.tokens)
+    hops = {name: hops_of(name, topology, label, meter, clock) for name in ROUTES}
+    choose = by_cost(topology, num_experts, wires, hops, auto)
+    return TokenDispatcher(topology, num_experts, label, choose, auto.tokens, clock)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from twohop.comm.clock import EXPOSED, PhaseClock
 from twohop.comm.diagnose import give_up
 from twohop.comm.errors import CommError
 from twohop.comm.topology import Topology
@@ -32,16 +33,23 @@ class Channel:
     label: str  # the layer, for errors
     meter: TrafficMeter | None = None
     algorithm: str = ""  # for errors: ranks that take different ways wait in different groups
+    clock: PhaseClock = field(default_factory=PhaseClock)  # of the waits
     abandoned: "list[Pending]" = field(default_factory=list)  # nobody waits for these, but their memory is in use
 
     @classmethod
     def make(
-        cls, topology: Topology, group: Any, label: str, meter: TrafficMeter | None, algorithm: str = ""
+        cls,
+        topology: Topology,
+        group: Any,
+        label: str,
+        meter: TrafficMeter | None,
+        algorithm: str = "",
+        clock: PhaseClock | None = None,
     ) -> "Channel":
         """A channel over `group`, which must be one of the topology's. Makes no communication."""
         ranks = tuple(dist.get_process_group_ranks(group))
         levels = tuple(topology.traffic_level(peer) for peer in ranks)
-        return cls(group, ranks, levels, topology, label, meter, algorithm)
+        return cls(group, ranks, levels, topology, label, meter, algorithm, clock or PhaseClock())
 
     @property
     def where(self) -> str:
@@ -150,10 +158,11 @@ class Pending:
 
     def wait(self) -> torch.Tensor:
         """What the peers sent, or a CommError when one died, failed or did not come within the group's deadline."""
-        try:
-            for work in self.works:
-                work.wait()
-        except RuntimeError as error:
-            raise self.channel.failure(self.phase, error) from error
+        with self.channel.clock.phase(EXPOSED, self.channel.place(self.phase)):
+            try:
+                for work in self.works:
+                    work.wait()
+            except RuntimeError as error:
+                raise self.channel.failure(self.phase, error) from error
         self.sent = None
         return self.received

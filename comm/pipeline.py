@@ -12,18 +12,21 @@ their way is kept by the group until its stream has passed them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from twohop.comm.clock import COMBINE, DISPATCH
 from twohop.comm.exchange import Pending
 from twohop.comm.plan import Chunk, Move, Plan
+from twohop.comm.schedule import schedule
 from twohop.comm.tree import Spread
 from twohop.comm.wire import format_of
 from twohop.comm.wiring import Direction, Wires
 
+Phase = Callable[[str], AbstractContextManager[None]]
 Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows [R, D], rows of each expert) -> [R, D]
 
 BACKWARD = {Direction.dispatch: Direction.dispatch_backward, Direction.combine: Direction.combine_backward}
@@ -186,32 +189,6 @@ def last(way: Iterator[torch.Tensor]) -> torch.Tensor:
     return rows
 
 
-class Turn(NamedTuple):
-    """Stage `stage` of chunk `chunk` runs next."""
-
-    stage: int
-    chunk: int
-
-
-def schedule(hops: int, chunks: int) -> list[Turn]:
-    """In which order stages of chunks run, the same on every rank; stage i ends by starting exchange i + 1.
-
-    All first exchanges start at once and all last ones are waited for at the end: the outermost network is the
-    slow one, and a queue in front of it keeps it busy in both directions. In between, a chunk takes a step every
-    second turn, so that while its exchange is under way another chunk has its turn; the experts, in the middle
-    stage, run beside the hops of their neighbours.
-    """
-    stages = 2 * hops + 1
-    turns = [Turn(stage, chunk) for stage in range(stages) for chunk in range(chunks)]
-
-    def moment(turn: Turn) -> tuple[int, int, int]:
-        if turn.stage in (0, stages - 1):
-            return (turn.stage, turn.chunk, 0)
-        return (1, turn.chunk + 2 * (turn.stage - 1), -turn.stage)
-
-    return sorted(turns, key=moment)
-
-
 def run(
     tokens_ND: torch.Tensor,
     weights_NK: torch.Tensor | None,
@@ -219,11 +196,15 @@ def run(
     wires: Wires,
     experts: Experts,
     beside: Callable[[], Any] | None,
+    phase: Phase,
 ) -> tuple[torch.Tensor, Any]:
-    """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hops are under way."""
+    """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hops are under way.
+
+    What is done for dispatch and for combine is done inside `phase(DISPATCH)` and `phase(COMBINE)`.
+    """
     weights = carry_weights(weights_NK, plan)
     tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
-    ways = [_through(*parts, wires, experts) for parts in zip(tokens, weights, plan.chunks, strict=True)]
+    ways = [_through(*parts, wires, experts, phase) for parts in zip(tokens, weights, plan.chunks, strict=True)]
     done: list[torch.Tensor] = list(tokens)
     num_hops = len(plan.chunks[0].moves)
     turns = schedule(num_hops, len(plan.chunks))
@@ -238,9 +219,17 @@ def run(
 
 
 def _through(
-    tokens: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires, experts: Experts
+    tokens: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires, experts: Experts, phase: Phase
 ) -> Iterator[torch.Tensor]:
     there = way_there(tokens, chunk, wires)
     for _ in chunk.moves:
-        yield next(there)
-    yield from way_home(experts(next(there), chunk.counts), weight_n, chunk, wires)
+        with phase(DISPATCH):
+            ticket = next(there)
+        yield ticket
+    with phase(DISPATCH):
+        rows_RD = next(there)
+    home = way_home(experts(rows_RD, chunk.counts), weight_n, chunk, wires)
+    for _ in (*chunk.moves, None):
+        with phase(COMBINE):
+            rows = next(home)
+        yield rows

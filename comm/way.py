@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from twohop.comm.clock import PhaseClock
 from twohop.comm.cost import CostModel, Workload
 from twohop.comm.exchange import Channel
 from twohop.comm.routes import ROUTES, Hop
@@ -40,13 +41,13 @@ class AutoOptions:
     between_wires: tuple[str, ...] = ()  # formats that it may use between nodes; none: it keeps the given wires
 
 
-def hops_of(name: str, topology: Topology, label: str, meter: TrafficMeter | None) -> Hops:
+def hops_of(name: str, topology: Topology, label: str, meter: TrafficMeter | None, clock: PhaseClock) -> Hops:
     """The hops of a route, each with its channel."""
     axes = [axis for axis in topology.axes if axis.size > 1]  # a level of one rank has nothing to exchange
     hops = []
     for hop in ROUTES[name](len(axes)) if axes else []:
         group = axes[hop.exchange[0]].group if len(hop.exchange) == 1 else topology.ep_group
-        hops.append((hop, Channel.make(topology, group, label, meter, f"{name} dispatch")))
+        hops.append((hop, Channel.make(topology, group, label, meter, f"{name} dispatch", clock)))
     return tuple(hops)
 
 

@@ -8,7 +8,6 @@ targets, and gradients are summed over ranks. So a step means the same on any nu
 
 import hashlib
 import math
-import time
 from typing import Any
 
 import torch
@@ -17,13 +16,16 @@ from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
 from twohop.models.layer_drop import drop_layers
 from twohop.trainer.data import step_numbers
-from twohop.trainer.errors import UserError
+from twohop.trainer.errors import Interrupted, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
+from twohop.trainer.interruption import noting_stop_signals
 from twohop.trainer.metrics import MetricsWriter
 from twohop.trainer.progress import Progress
+from twohop.trainer.resources import resources_of_world
+from twohop.trainer.saver import Saver
 from twohop.trainer.schedule import lr_factor
 from twohop.trainer.setup import Run
-from twohop.trainer.totals import StepTotals, traffic_of_world
+from twohop.trainer.totals import StepTotals
 from twohop.trainer.world import rank, world_size
 
 
@@ -36,32 +38,56 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
         UserError: loss or gradient became infinite or NaN.
         CheckpointError: a checkpoint cannot be written.
         CommError: a rank died or did not answer within comm.timeout_s.
+        Interrupted: a signal told some rank to stop; a checkpoint is written.
     """
     config, steps = run.config, run.config.train.steps
-    valid = None
-    for step in range(first_step, steps):
-        done = step + 1
-        with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
-            record = train_step(run, step)
-        progress.update(done, record["loss"], record["targets_per_s"])
-        if writer is not None:
-            writer.log(done, record)
-        if _is_due(done, config.eval.every, steps):
-            valid = evaluate(run)
+    valid, saver = None, Saver(run, tracker_id)
+    with noting_stop_signals() as stop:
+        for step in range(first_step, steps):
+            done = step + 1
+            with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
+                record = train_step(run, step)
+            progress.update(done, record["loss"], record["targets_per_s"])
             if writer is not None:
-                writer.log(done, valid.record(), kind="eval")
-        if _is_due(done, config.checkpoint.every, steps):
-            run.checkpoints.save(done, run.state(), run.identity(), tracker_id)
+                writer.log(done, record)
+            if _is_due(done, config.eval.every, steps):
+                valid = evaluate(run)
+                if writer is not None:
+                    writer.log(done, valid.record(), kind="eval")
+            saver.check()
+            stopped_by = stop.agreed(run.device)
+            if stopped_by or _is_due(done, config.checkpoint.every, steps):
+                saver.save(done)
+            if stopped_by:
+                saver.finish()
+                raise Interrupted(f"stopped by {stopped_by.name} after step {done}, which is saved: add resume=auto")
+        saver.finish()
     return valid or evaluate(run)  # a run that was already at its end
 
 
 def train_step(run: Run, step: int) -> dict[str, Any]:
-    """One step of the whole world; returns its record for metrics.jsonl, the same on all ranks but for the time."""
-    started = time.perf_counter()
+    """One step of the whole world; returns its record for metrics.jsonl, the same on all ranks."""
+    with run.clock.running(f"step {step + 1}"):
+        totals, global_targets = _accumulate(run, step)
+        factor = lr_factor(step, run.config.train.steps, run.config.schedule)
+        with run.clock.phase("optimizer"):
+            grad_norm = run.engine.step(factor)
+        record = totals.reduce(global_targets)
+        if not math.isfinite(record["loss"] + grad_norm):
+            raise _diverged(run, step, f"the loss is {record['loss']} and the gradient norm {grad_norm}")
+        for (_, layer), total in zip(run.model.moe_layers(), totals.layers(), strict=True):
+            layer.after_step(total, totals.micro_batches)
+        record |= {"lr": run.config.optim.lr * factor, "grad_norm": grad_norm, "targets": global_targets}
+        return record | resources_of_world(run, global_targets)
+
+
+def _accumulate(run: Run, step: int) -> tuple[StepTotals, int]:
+    """Gradients of this rank's micro-batches; returns what they measured, and the targets of the global batch."""
     config, samples, micro_size = run.config, run.data.train, run.config.train.micro_batch
     micro_batches = config.train.global_batch // micro_size
-    numbers = step_numbers(config.data.order, config.seed, step, config.train.global_batch, len(samples))
-    global_targets = samples.num_targets(numbers)
+    with run.clock.phase("data"):
+        numbers = step_numbers(config.data.order, config.seed, step, config.train.global_batch, len(samples))
+        global_targets = samples.num_targets(numbers)
     run.model.train()
     drop_layers(run.model, config.seed, step)
     run.meter.reset()
@@ -70,28 +96,19 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     for index in own_micro_batches:
         seed_noise(config.seed, step * micro_batches + index)
         own = numbers[index * micro_size : (index + 1) * micro_size]
-        batch = samples.batch(own).to(run.device)
+        with run.clock.phase("data"):
+            batch = samples.batch(own).to(run.device)
         try:
-            with run.engine.autocast():
+            with run.clock.phase("forward"), run.engine.autocast():
                 output = run.model(**batch.inputs)
                 parts = run.objective(batch, output, samples.num_targets(own), step / config.train.steps)
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
         last = index == own_micro_batches[-1]
-        run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets, last)
+        with run.clock.phase("backward"):
+            run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets, last)
         totals.add(parts, output.moe)
-
-    factor = lr_factor(step, config.train.steps, config.schedule)
-    grad_norm = run.engine.step(factor)
-    record = totals.reduce(global_targets)
-    if not math.isfinite(record["loss"] + grad_norm):
-        raise _diverged(run, step, f"the loss is {record['loss']} and the gradient norm {grad_norm}")
-    for (_, layer), total in zip(run.model.moe_layers(), totals.layers(), strict=True):
-        layer.after_step(total, totals.micro_batches)
-    record |= {"lr": config.optim.lr * factor, "grad_norm": grad_norm, "targets": global_targets}
-    record |= {"traffic": traffic_of_world(run.meter)}
-    seconds = time.perf_counter() - started
-    return record | {"step_s": seconds, "targets_per_s": global_targets / seconds}
+    return totals, global_targets
 
 
 def _diverged(run: Run, step: int, what: str) -> UserError:

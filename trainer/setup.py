@@ -12,6 +12,7 @@ from torch import Tensor
 from twohop.comm import (
     AutoOptions,
     CostModel,
+    PhaseClock,
     Topology,
     TrafficMeter,
     build_dispatcher,
@@ -26,9 +27,10 @@ from twohop.trainer.distill import Teacher, teacher_config
 from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.objective import Objective
+from twohop.trainer.recompute import recompute_activations
 from twohop.trainer.run_folder import CHECKPOINTS
 from twohop.trainer.state import model_tensors
-from twohop.trainer.world import leader_first, say, sum_over_world
+from twohop.trainer.world import leader_first, say, sum_over_world, time_exchanges
 
 COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder
 
@@ -46,6 +48,7 @@ class Run:
     objective: Objective  # what training minimises
     checkpoints: CheckpointStore
     meter: TrafficMeter  # what this rank's MoE layers send
+    clock: PhaseClock  # where this rank's time goes
 
     @property
     def model(self) -> MoEModel:
@@ -90,7 +93,8 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     config = _sized(config, data)
     _check_images(config, data)
     _check_order(config, data)
-    meter = TrafficMeter()
+    meter, clock = TrafficMeter(), PhaseClock(device)
+    time_exchanges(clock)
     try:
         topology = Topology.discover(config.comm.ranks_per_node, timeout_s=config.comm.timeout_s)
     except ValueError as error:  # what only the started world can tell, such as nodes of different size
@@ -108,6 +112,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
             auto=auto,
             label=f"{label} {layer}",
             meter=meter,
+            clock=clock,
         )
 
     model = build_model(config.model, dispatchers("MoE layer", config.comm, config.model), device)
@@ -122,9 +127,12 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         teacher_model = build_model(taught_by.model, make_dispatcher, device)
         _load_teacher(teacher_model, taught_by, data, Path(config.distill.teacher).expanduser())
         teacher = Teacher(config.distill, teacher_model, student=model)
-    checkpoints = CheckpointStore(directory / CHECKPOINTS, config.checkpoint.keep, say)
+    checkpoints = CheckpointStore(
+        directory / CHECKPOINTS, config.checkpoint.keep, say, config.checkpoint.keep_every
+    )
+    recompute_activations(model, config.train.recompute)
     engine = build_engine(model, config)
-    return Run(config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter)
+    return Run(config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter, clock)
 
 
 def _load_teacher(model: MoEModel, config: Config, data: Data, directory: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twohop.comm import TrafficMeter
 from twohop.models import MoEStats
-from twohop.trainer.world import gather_objects, max_over_world, sum_over_world
+from twohop.trainer.world import max_over_world, sum_over_world
 
 Traffic = dict[str, dict[str, list[int]]]  # level -> phase -> [bytes, messages]
 
@@ -85,11 +84,6 @@ def _record(total: MoEStats, micro_batches: float) -> dict[str, Any]:
     if total.compared or total.replayed:
         record["replayed"] = float(total.replayed) / micro_batches
     return record
-
-
-def traffic_of_world(meter: TrafficMeter) -> Traffic:
-    """What all ranks have sent since the last reset. Every rank of the world must call this."""
-    return add_traffic(gather_objects(meter.snapshot()))
 
 
 def add_traffic(snapshots: list[Any]) -> Traffic:

@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from twohop.comm import CommError
+from twohop.comm import CommError, PhaseClock
+from twohop.comm.clock import EXPOSED
 from twohop.trainer.config import CommConfig
 from twohop.trainer.errors import UserError
 
 T = TypeVar("T")
+
+_clock = PhaseClock()  # of this process; what it measures matters to a run alone
 
 
 def join_world(config: CommConfig) -> torch.device:
@@ -98,12 +101,22 @@ def world_size() -> int:
 
 @contextmanager
 def exchanging(what: str) -> Iterator[None]:
-    """Around collectives: a peer that died or hangs becomes a `CommError` that says what was exchanged."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise CommError(f"rank {rank()}, {what}: exchange among all ranks failed: {reason}") from error
+    """Around collectives: a peer that died or hangs becomes a `CommError` that says what was exchanged.
+
+    What happens inside counts as exposed communication on the clock of `time_exchanges`.
+    """
+    with _clock.phase(EXPOSED, what):
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CommError(f"rank {rank()}, {what}: exchange among all ranks failed: {reason}") from error
+
+
+def time_exchanges(clock: PhaseClock) -> None:
+    """From now on `exchanging` counts on `clock`: the process group is one for the process, and so is this."""
+    global _clock
+    _clock = clock
 
 
 def sum_over_world(tensor: torch.Tensor, what: str) -> None:
@@ -120,13 +133,16 @@ def max_over_world(tensor: torch.Tensor, what: str) -> None:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in the order of ranks. Every rank of the world must call this; for small things."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, in the order of ranks. Every rank of the world must call this; for small things.
+
+    A `group` is another one of all ranks, for exchanges beside those of training.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
     with exchanging("agreement"):
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -134,6 +150,12 @@ def say(text: str) -> None:
     """Print on rank 0 alone."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def open_world_of_one() -> None:
+    """Give a process without peers a process group, for libraries that want one; no effect where there is one."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def leave_world() -> None:
