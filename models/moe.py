@@ -29,6 +29,8 @@ class MoEStats(NamedTuple):
     repeated: Tensor  # int64 scalar, assignments that are as they were when their sample came before
     compared: Tensor  # int64 scalar, assignments of samples that came before, where they are cached
     replayed: Tensor  # int64 scalar, 1 if the router was skipped for a cached plan
+    tokens: Tensor  # int64 scalar, that were routed
+    top_weight: Tensor  # fp64 scalar, the sum over these tokens of the largest weight of their experts
 
 
 class MoELayer(nn.Module):
@@ -88,7 +90,10 @@ class MoELayer(nn.Module):
         planned = self.dispatcher.plan(x_ND, filled.ids_NK, filled.weights_NK)
         dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         zero = torch.zeros_like(dropped)
-        stats = MoEStats(routing.losses, routing.load_E, dropped, filled.rows, filled.need, zero, zero, zero)
+        tokens = torch.full_like(dropped, len(routing.weights_NK))
+        top_weight = routing.weights_NK.detach().amax(-1).sum(dtype=torch.float64)
+        filling = (dropped, filled.rows, filled.need)
+        stats = MoEStats(routing.losses, routing.load_E, *filling, zero, zero, zero, tokens, top_weight)
         if cache:
             cache.keep(samples, planned, stats._replace(losses={}, replayed=zero + 1))
             stats = stats._replace(**cache.compare(samples, about, filled.ids_NK)._asdict())
@@ -99,7 +104,7 @@ class MoELayer(nn.Module):
         device = next(self.experts.parameters()).device
         load_E = torch.zeros(self.dispatcher.num_experts, dtype=torch.int64, device=device)
         zero = load_E.sum()
-        return MoEStats({}, load_E, zero, zero, zero.double(), zero, zero, zero)
+        return MoEStats({}, load_E, zero, zero, zero.double(), zero, zero, zero, zero, zero.double())
 
     def _beside(self, x_ND: Tensor, experts: ExpertPass | QuantizedExperts) -> tuple[Tensor | None, Tensor | None]:
         """What needs no exchange and therefore runs beside the first hop: shared expert, dense MLP of the residual.

@@ -3,6 +3,7 @@
 Shapes: E experts of a layer.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from twohop.trainer.world import max_over_world, sum_over_world
 Traffic = dict[str, dict[str, list[int]]]  # level -> phase -> [bytes, messages]
 
 
-SUMMED = ("load_E", "dropped", "need", "repeated", "compared", "replayed")  # of MoEStats
+# Of MoEStats.
+SUMMED = ("load_E", "dropped", "need", "repeated", "compared", "replayed", "tokens", "top_weight")
 
 
 class StepTotals:
@@ -43,10 +45,11 @@ class StepTotals:
     def reduce(self, num_targets: int) -> dict[str, Any]:
         """Losses per target, and what each layer did, over all ranks. Every rank calls this.
 
-        Of a layer: `load` and `dropped` as fractions of its assignments; the largest `capacity` factor that was in use
-        in the step, and the `slots` that a system that pads would have allocated with it for all micro-batches. With
-        an assignment cache, once samples come again, also the fraction of micro-batches that were `replayed`, and of
-        assignments that `repeated`, where there was something to compare.
+        Of a layer: `load` and `dropped` as fractions of its assignments; what `_balance` says of the load; the
+        `confidence` of its router, the mean over tokens of the largest weight of their experts; the largest `capacity`
+        factor that was in use in the step, and the `slots` that a system that pads would have allocated with it for
+        all micro-batches. With an assignment cache, once samples come again, also the fraction of micro-batches that
+        were `replayed`, and of assignments that `repeated`, where there was something to compare.
         """
         assert self._sums is not None
         sum_over_world(self._sums, "losses")
@@ -77,13 +80,27 @@ class StepTotals:
 def _record(total: MoEStats, micro_batches: float) -> dict[str, Any]:
     load, rows = total.load_E.tolist(), int(total.rows)
     assignments, slots = max(1.0, sum(load)), len(load) * rows * micro_batches
-    record = {"load": [n / assignments for n in load], "dropped": float(total.dropped) / assignments}
+    record: dict[str, Any] = {"load": [n / assignments for n in load], "dropped": float(total.dropped) / assignments}
     record |= {"capacity": slots / assignments, "slots": int(slots)}
+    record |= _balance(record["load"])
+    record["confidence"] = float(total.top_weight / total.tokens) if total.tokens else None
     if total.compared:
         record["repeated"] = float(total.repeated / total.compared)
     if total.compared or total.replayed:
         record["replayed"] = float(total.replayed) / micro_batches
     return record
+
+
+def _balance(load: list[float]) -> dict[str, float | None]:
+    """How even a load is; None for all where the layer was left out of the step.
+
+    `entropy`: of the load, divided by that of a balanced one: 1 is balanced, 0 is one expert alone. `max_violation`:
+    (largest - mean) / mean (Wang 2024, auxiliary-loss-free load balancing). `dead`: experts that got nothing.
+    """
+    if not any(load):
+        return dict.fromkeys(("entropy", "max_violation", "dead"))
+    entropy = sum(-part * math.log(part) for part in load if part) / math.log(len(load)) if len(load) > 1 else 1.0
+    return {"entropy": entropy, "max_violation": max(load) * len(load) - 1, "dead": load.count(0)}
 
 
 def add_traffic(snapshots: list[Any]) -> Traffic:
