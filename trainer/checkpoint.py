@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from twohop.trainer.config import default_of
 from twohop.trainer.data.tokens import sha256
 from twohop.trainer.errors import CheckpointError
 from twohop.trainer.world import gather_objects, rank, world_size
@@ -44,13 +46,25 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run folder. Every rank of the world must call every method."""
 
-    def __init__(self, directory: Path, keep: int = 1, log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, directory: Path, keep: int = 1, log: Callable[[str], None] = print, keep_every: int | None = None
+    ) -> None:
         self.directory = directory
         self.keep = keep
+        self.keep_every = keep_every
         self.log = log
 
-    def save(self, step: int, state: dict[str, Tensor], identity: dict[str, Any], tracker_id: str) -> Checkpoint:
-        """Write `state` as the checkpoint of `step`, then delete all but the newest `keep`.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        identity: dict[str, Any],
+        tracker_id: str,
+        group: dist.ProcessGroup | None = None,
+    ) -> Checkpoint:
+        """Write `state` as the checkpoint of `step`, then delete all but the newest `keep` and every `keep_every`th.
+
+        A `group` of all ranks carries what they tell each other, if other messages may be on their way in the world's.
 
         Raises:
             CheckpointError: a file cannot be written, for one on a full disk; earlier checkpoints are untouched.
@@ -66,18 +80,19 @@ class CheckpointStore:
             _sync(self.directory)
             # Later ones were damaged, or this run would have continued from them.
             later = [path for path in self._found() if path.name > final.name]
-            for path in later + self._found()[len(later) + self.keep :]:
+            older = self._found()[len(later) + self.keep :]
+            for path in later + [path for path in older if not self._is_milestone(path)]:
                 shutil.rmtree(path)
 
         try:
-            together(lambda: _make_empty(unfinished), only_rank_0=True)
-            _write_tensors(state, unfinished)
-            hashed = together(lambda: _checksums(unfinished, _share(os.listdir(unfinished))))
+            together(lambda: _make_empty(unfinished), only_rank_0=True, group=group)
+            _write_tensors(state, unfinished, group)
+            hashed = together(lambda: _checksums(unfinished, _share(os.listdir(unfinished))), group=group)
             files = {name: entry for part in hashed for name, entry in part.items()}
-            together(lambda: finish(files), only_rank_0=True)
+            together(lambda: finish(files), only_rank_0=True, group=group)
         except CheckpointError as error:
-            together(lambda: shutil.rmtree(unfinished, ignore_errors=True), only_rank_0=True)
-            earlier = gather_objects(self._found())[0]
+            together(lambda: shutil.rmtree(unfinished, ignore_errors=True), only_rank_0=True, group=group)
+            earlier = gather_objects(self._found(), group)[0]
             kept = f"the earlier checkpoint {earlier[0]} is whole" if earlier else "there is no earlier checkpoint"
             raise CheckpointError(f"cannot write {final}: {error}; {kept}") from None
         return Checkpoint(final, step, identity, tracker_id, files)
@@ -101,17 +116,21 @@ class CheckpointStore:
     def _found(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), reverse=True)
 
+    def _is_milestone(self, path: Path) -> bool:
+        return self.keep_every is not None and int(path.name.removeprefix("step-")) % self.keep_every == 0
+
 
 def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor], identity: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place, whatever the layout they were saved from. Every rank must call this.
 
-    `state` may be a part of the checkpoint, e.g. the model without the optimizer, and `identity` likewise.
+    `state` may be a part of the checkpoint, e.g. the model without the optimizer, and `identity` likewise. A key that
+    the checkpoint does not know, because it is older than the key, counts as its default.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model or run; names the first key that differs.
     """
     for key, ours in identity.items():
-        theirs = checkpoint.identity.get(key)
+        theirs = _recorded(checkpoint.identity, key)
         if theirs != ours:
             raise CheckpointError(
                 f"{checkpoint.path} was made with {key}={theirs}, but this run has {key}={ours}: "
@@ -122,6 +141,14 @@ def load_tensors(checkpoint: Checkpoint, state: dict[str, Tensor], identity: dic
         _quietly(dcp.load, state, storage_reader=reader)
     except (CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not hold this run's tensors: {error}") from error
+
+
+def _recorded(identity: dict[str, Any], key: str) -> Any:
+    """The value of a key in a checkpoint; one that the configuration has got since then had its default."""
+    groups = [key[:end] for end, sign in enumerate(key) if sign == "."]
+    if key in identity or any(group in identity for group in groups):  # a group that is null there is a key
+        return identity.get(key)
+    return default_of(key)
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -137,9 +164,9 @@ class _Writer(dcp.FileSystemWriter):
             raise cause from error
 
 
-def _write_tensors(state: dict[str, Tensor], directory: Path) -> None:
+def _write_tensors(state: dict[str, Tensor], directory: Path, group: dist.ProcessGroup | None) -> None:
     try:
-        _quietly(dcp.save, state, storage_writer=_Writer(directory))
+        _quietly(dcp.save, state, storage_writer=_Writer(directory), process_group=group)
     except CheckpointException as error:
         first, (cause, _) = min(error.failures.items())
         raise CheckpointError(f"rank {first}: {_reason(cause)}") from error
@@ -192,10 +219,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def together(action: Callable[[], Any], only_rank_0: bool = False) -> list[Any]:
+def together(action: Callable[[], Any], only_rank_0: bool = False, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Run `action` on every rank, or on rank 0 alone; all ranks get all results, or raise the first error.
 
-    An OSError of any rank is a CheckpointError on all. Every rank must call this.
+    An OSError of any rank is a CheckpointError on all. Every rank must call this; see `gather_objects` for `group`.
     """
     result, problem = None, None
     if rank() == 0 or not only_rank_0:
@@ -203,7 +230,7 @@ def together(action: Callable[[], Any], only_rank_0: bool = False) -> list[Any]:
             result = action()
         except (OSError, CheckpointError) as error:
             problem = _reason(error)
-    outcomes = gather_objects((result, problem))
+    outcomes = gather_objects((result, problem), group)
     for _, problem in outcomes:
         if problem is not None:
             raise CheckpointError(problem)

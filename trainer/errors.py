@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
 
 
+class Interrupted(Exception):
+    """A signal ended training after a checkpoint, in order: exit code 75, EX_TEMPFAIL of sysexits.h, "try again"."""
+
+
 class WorkerError(Exception):
     """A worker process failed in a way that nobody foresaw: its rank, and its traceback if it left one."""
 

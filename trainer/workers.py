@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from twohop.models.quantize import quantize_experts
 from twohop.trainer.checkpoint import load_tensors
 from twohop.trainer.config import Config, ExportConfig
-from twohop.trainer.errors import CheckpointError, UserError
+from twohop.trainer.engines.deepspeed_config import write_deepspeed_config
+from twohop.trainer.errors import CheckpointError, Interrupted, UserError
 from twohop.trainer.evaluate import Evaluation
 from twohop.trainer.evaluate import evaluate as evaluate_model
 from twohop.trainer.exporters import EXPORTERS
@@ -30,7 +31,7 @@ from twohop.trainer.run_folder import open_run, write_config
 from twohop.trainer.setup import Run, set_up, weights_identity
 from twohop.trainer.totals import add_pairs, add_traffic
 from twohop.trainer.trackers import build_trackers
-from twohop.trainer.world import gather_objects, join_world, leave_world, rank, say
+from twohop.trainer.world import gather_objects, join_world, leave_world, rank, say, world_size
 
 
 def train(config: Config, directory: Path | None) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def train(config: Config, directory: Path | None) -> dict[str, Any]:
         first_step, tracker_id = _restore(run) if config.resume else _start_fresh(run)
         if rank() == 0:
             write_config(run.directory, config)
+            write_deepspeed_config(run.directory, config, world_size())
         say(run.describe())
         writer = _open_metrics(run, first_step, tracker_id) if rank() == 0 else None
         with writer or nullcontext():
@@ -90,9 +92,15 @@ def export(config: ExportConfig, directory: Path) -> dict[str, Any]:
 def _world(config: Config) -> Iterator[Any]:
     """This rank's device, inside the world. After an error nothing is torn down: peers see at once that it ended."""
     device = join_world(config.comm)
-    yield device
+    interrupted = None
+    try:
+        yield device
+    except Interrupted as stop:  # of all ranks, after the same step
+        interrupted = stop
     gather_objects(None)  # whoever leaves early closes connections that others may still read
     leave_world()
+    if interrupted is not None:
+        raise interrupted
 
 
 def _open_run(config: Config, directory: Path | None) -> Path:
@@ -122,7 +130,9 @@ def _restore(run: Run) -> tuple[int, str]:
     checkpoint = run.checkpoints.latest()
     if checkpoint is None:
         raise CheckpointError(f"resume={run.config.resume}: {run.checkpoints.directory} holds no checkpoint")
-    load_tensors(checkpoint, run.state(), run.identity())
+    state = run.state()
+    load_tensors(checkpoint, state, run.identity())
+    run.engine.restored(state)
     say(f"continuing from step {checkpoint.step} ({checkpoint.path})")
     return checkpoint.step, checkpoint.tracker_id
 

@@ -5,9 +5,11 @@ every `__post_init__` then refuses an impossible value with a `ValueError` that 
 Imports no torch, so that `--help` answers at once.
 """
 
+from twohop.trainer.config.cluster import ClusterConfig, ClusterKind, KubernetesConfig, ManifestKind, SlurmConfig
 from twohop.trainer.config.comm import CommConfig
 from twohop.trainer.config.commands import BenchConfig, Config, ExportConfig, PrepareConfig, TensorType
-from twohop.trainer.config.data import DataConfig, DataOrder, MultitaskConfig, TokenizerConfig, TokenizerKind
+from twohop.trainer.config.data import DataConfig, DataOrder, HFConfig, MultitaskConfig, TokenizerConfig, TokenizerKind
+from twohop.trainer.config.defaults import default_of
 from twohop.trainer.config.running import (
     CheckpointConfig,
     EvalConfig,
@@ -31,6 +33,8 @@ from twohop.trainer.config.training import (
 __all__ = [
     "BenchConfig",
     "CheckpointConfig",
+    "ClusterConfig",
+    "ClusterKind",
     "CommConfig",
     "Config",
     "DataConfig",
@@ -41,8 +45,11 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "GenerateConfig",
+    "HFConfig",
     "InitConfig",
+    "KubernetesConfig",
     "LaunchConfig",
+    "ManifestKind",
     "MultitaskConfig",
     "OptimConfig",
     "Precision",
@@ -50,9 +57,11 @@ __all__ = [
     "Recompute",
     "RunConfig",
     "ScheduleConfig",
+    "SlurmConfig",
     "TensorType",
     "TokenizerConfig",
     "TokenizerKind",
     "TrackerConfig",
     "TrainConfig",
+    "default_of",
 ]

@@ -49,10 +49,19 @@ class CheckpointConfig:
 
     every: int = 100  # steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # those of every so many steps are never deleted; null: all but the newest are
+    asynchronous: bool = False  # train on while a copy in host memory is being written
 
     def __post_init__(self) -> None:
         require_at_least(0, "checkpoint", self, "every")
         require_at_least(1, "checkpoint", self, "keep")
+        if self.keep_every is not None:
+            require_at_least(1, "checkpoint", self, "keep_every")
+            require(
+                self.every > 0 and self.keep_every % self.every == 0,
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.every={self.every}, so there "
+                "would be no checkpoint to keep: change one of them",
+            )
 
 
 @dataclass
@@ -62,9 +71,11 @@ class LaunchConfig:
     nproc: int = 1
     omp_threads: int = 1  # OMP_NUM_THREADS of each worker
     port: int | None = None  # rendezvous port; null: a free one
+    grace_s: float = 120.0  # from SIGTERM or SIGUSR1 to SIGKILL: a step, an evaluation if one is due, a checkpoint
 
     def __post_init__(self) -> None:
         require_at_least(1, "launch", self, "nproc", "omp_threads")
+        require(self.grace_s > 0, f"launch.grace_s={self.grace_s}: use a positive number of seconds")
         require(
             self.port is None or 1 <= self.port <= 65535,
             f"launch.port={self.port}: use a port between 1 and 65535, or null for a free one",
