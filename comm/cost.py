@@ -37,6 +37,7 @@ class Workload:
     row_bytes: float  # of a row as it is computed with
     between_row_bytes: float  # of a row on a hop between nodes
     inside_row_bytes: float  # of a row on a hop inside a node
+    experts_s: float = 0.0  # of the processor, for the experts of one forward pass
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class CostModel:
                 level = self.levels[name]
                 busy[name] += 2 * rows[depth] * share * wire_bytes * level.byte_s
                 busy[name] += 2 * (chunks - 1) * messages * level.message_s
-        processor += copied * self.copied_byte_s
+        processor += copied * self.copied_byte_s + work.experts_s
         resources = [*busy.values(), processor]
         longest = max(resources)
         return self.base_s[algorithm] + longest + (sum(resources) - longest) / chunks

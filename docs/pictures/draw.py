@@ -1,7 +1,7 @@
 """python docs/pictures/draw.py
 
 Draws the pictures of the documentation. What can be computed is: the routes from `twohop.comm.routes`, the groups from
-`twohop.comm.topology`, the schedule from `twohop.comm.pipeline`; tests/test_docs.py holds the files to what this draws.
+`twohop.comm.topology`, the schedule from `twohop.comm.schedule`; tests/test_docs.py holds the files to what this draws.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from html import escape
 from itertools import pairwise, product
 from pathlib import Path
 
-from twohop.comm.pipeline import Turn, schedule
 from twohop.comm.routes import ROUTES, Hop
+from twohop.comm.schedule import Turn, schedule
 from twohop.comm.topology import ep_block, ep_grid
 
 INK, FAINT, PAPER, FRAME = "#24303f", "#5f6f84", "#f8fafc", "#d3dce8"

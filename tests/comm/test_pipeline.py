@@ -10,7 +10,7 @@ from tests.comm.reference import make_case
 from tests.distributed import run_distributed
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.comm.exchange import Channel, Pending
-from twohop.comm.pipeline import schedule
+from twohop.comm.schedule import schedule
 
 EXPERTS, D = 8, 4
 HOPS_AND_CHUNKS = [(hops, chunks) for hops in range(4) for chunks in range(1, 9)]
