@@ -21,7 +21,7 @@ def model_tensors(model: MoEModel) -> dict[str, Tensor]:
     """
     experts = expert_parameters(model)
     return {
-        f"model.{name}": _global_tensor(tensor, experts[name].dispatcher.topology if name in experts else None)
+        f"model.{name}": global_tensor(tensor, experts[name].dispatcher.topology if name in experts else None)
         for name, tensor in model.state_dict().items()
     }
 
@@ -34,13 +34,14 @@ def optimizer_tensors(model: MoEModel, optimizer: torch.optim.Optimizer) -> dict
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             sharded = name in experts and value.shape == parameter.shape  # the step count is a scalar
-            tensors[f"optim.{name}.{key}"] = _global_tensor(
+            tensors[f"optim.{name}.{key}"] = global_tensor(
                 value, experts[name].dispatcher.topology if sharded else None
             )
     return tensors
 
 
-def _global_tensor(local: Tensor, topology: Topology | None) -> Tensor:
+def global_tensor(local: Tensor, topology: Topology | None) -> Tensor:
+    """A rank's experts, or its share of them along another dimension, as part of all; anything else as it is."""
     if topology is None or topology.mesh is None:
         return local
     replicas: Placement = Replicate()

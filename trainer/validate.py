@@ -5,6 +5,7 @@ What one group can know by itself is checked in its `__post_init__`.
 
 from collections.abc import Iterable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,7 +36,10 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     """
     _check_comm(config.comm)
     check_name("engine.name", config.engine.name, ENGINES)
+    _check_deepspeed(config)
     check_name("optim.name", config.optim.name, OPTIMIZERS)
+    if training:
+        _check_optimizer(config)
     check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
     _check_attention(config.model)
@@ -59,14 +63,44 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
         check_port(config.launch.port)
 
 
+def _check_deepspeed(config: Config) -> None:
+    engine, optim = config.engine, config.optim.name
+    if engine.name != "deepspeed":
+        return
+    if find_spec("deepspeed") is None:
+        raise ConfigError("engine=deepspeed: DeepSpeed is not installed; `pip install deepspeed`, or use engine=fsdp")
+    if engine.zero_stage and optim != "adamw":
+        raise ConfigError(
+            f"optim.name={optim}: engine.zero_stage={engine.zero_stage} gives each rank flat pieces of matrices, which "
+            "only an optimizer that works number by number can update: use optim.name=adamw, or engine.zero_stage=0"
+        )
+    if engine.zero_stage == 2 and any(side.moe.cache.enabled for side in _sides(config).values()):
+        raise ConfigError(
+            "engine.zero_stage=2 sums a gradient as soon as a rank has it, but a rank that follows a cached plan has "
+            "none for the router: use engine.zero_stage=1, or leave out model.moe.cache.enabled"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optim.name == "muon" and config.engine.name == "fsdp":
+        raise ConfigError(
+            "optim.name=muon updates whole matrices, of which engine=fsdp leaves each rank a part: use engine=ddp, or "
+            "optim=adamw"
+        )
+
+
 def _check_cache(config: Config) -> None:
-    sides = {"model": config.model} | ({"model.encoder": config.model.encoder_stack} if config.model.encoder else {})
-    for side, model in sides.items():
+    for side, model in _sides(config).items():
         if model.moe.cache.enabled and config.data.order is not DataOrder.batches:
             raise ConfigError(
                 f"{side}.moe.cache.enabled=true: plans can only be followed again where the same micro-batches come "
                 f"again, not with data.order={config.data.order.value}: add data.order=batches"
             )
+
+
+def _sides(config: Config) -> dict[str, ModelConfig]:
+    model = config.model
+    return {"model": model} | ({"model.encoder": model.encoder_stack} if model.encoder else {})
 
 
 def _check_bits(config: Config) -> None:
@@ -96,8 +130,9 @@ def check_data(config: DataConfig) -> None:
         return
     if config.source == "stdlib" and config.files:
         raise ConfigError(f"data.files={config.files} has no use with data=stdlib: add data=text or data=tokens")
-    if config.source != "stdlib" and not config.files:
-        wanted = "a file, folder or glob" if config.source == "text" else "the folder that `twohop prepare` has written"
+    needed = {"text": "a file, folder or glob", "tokens": "the folder that `twohop prepare` has written"}
+    if config.source in needed and not config.files:
+        wanted = needed[config.source]
         raise ConfigError(f"data.files is not set: data={config.source} needs {wanted}, as in data.files=PATH")
 
 

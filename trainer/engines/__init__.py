@@ -1,5 +1,6 @@
 """Engines: what parallelism does to parameters, gradients and updates. Found by name in `ENGINES`."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -43,11 +44,30 @@ class Engine(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's state in the same form."""
+        """The optimizer's state in the same form; it may be a copy. Every rank must call this."""
+        ...
+
+    def restored(self, state: dict[str, Tensor]) -> None:
+        """Take over what was loaded into the tensors of `model_state` and `optimizer_state`.
+
+        Every rank must call this.
+        """
         ...
 
 
-ENGINES: dict[str, Callable[[MoEModel, Config], Engine]] = {"ddp": DdpEngine, "fsdp": FsdpEngine}
+def _deepspeed(model: MoEModel, config: Config) -> Engine:
+    # The import takes a second and decides at once what devices it will use.
+    os.environ["DS_ACCELERATOR"] = next(model.parameters()).device.type
+    from twohop.trainer.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config)
+
+
+ENGINES: dict[str, Callable[[MoEModel, Config], Engine]] = {
+    "ddp": DdpEngine,
+    "deepspeed": _deepspeed,
+    "fsdp": FsdpEngine,
+}
 
 
 def build_engine(model: MoEModel, config: Config) -> Engine:

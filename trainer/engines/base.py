@@ -1,6 +1,7 @@
 """What engines of torch optimizers share: accumulate, sum over ranks, clip, update."""
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -67,6 +68,15 @@ class TorchEngine:
         """See `Engine`."""
         return optimizer_tensors(self.model, self.optimizer)
 
+    def restored(self, state: dict[str, Tensor]) -> None:
+        """See `Engine`: loading has written into the model and the optimizer themselves."""
+
+    def gradients(self) -> Iterator[tuple[Tensor, int]]:
+        """This rank's shares of the summed gradients, each with the number of ranks that hold it."""
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None
+            yield _local(parameter.grad), self.copies(name)
+
     def _gradient_norm(self) -> float:
         """Norm of the whole model's gradient: every number counts once, wherever it lies.
 
@@ -75,10 +85,8 @@ class TorchEngine:
         """
         device = next(self.model.parameters()).device
         everywhere, shares = torch.zeros(2, dtype=torch.float64, device=device)
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None
-            square = torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square()
-            copies = self.copies(name)
+        for gradient, copies in self.gradients():
+            square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             if copies == world_size():
                 everywhere = everywhere + square
             else:
@@ -90,7 +98,7 @@ class TorchEngine:
         # As torch.nn.utils.clip_grads_with_norm_, which knows no parameters on different meshes.
         if self.clip_norm is not None:
             factor = min(1.0, self.clip_norm / (norm + 1e-6))
-            torch._foreach_mul_([_local(p.grad) for p in self.model.parameters() if p.grad is not None], factor)
+            torch._foreach_mul_([gradient for gradient, _ in self.gradients()], factor)
 
 
 def _local(tensor: Tensor) -> Tensor:
