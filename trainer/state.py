@@ -4,6 +4,8 @@ A parameter of experts, of which every rank has a share, becomes one DTensor [E,
 what lets a checkpoint be read by any other number of ranks or EP size.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -13,25 +15,31 @@ from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.optim import materialize_state
 
 
-def model_tensors(model: MoEModel) -> dict[str, Tensor]:
+def model_tensors(model: MoEModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """All parameters and persistent buffers as "model.NAME"; buffers, such as a router's bias, are equal on all ranks.
 
     An expert parameter is one DTensor [E, ...] over its layer's ("edp", "ep") mesh. The tensors share memory with the
-    model.
+    model, or with `weights`, which stand for its parameters of the same names.
     """
     experts = expert_parameters(model)
+    replaced = {name: weight.detach() for name, weight in (weights or {}).items()}
     return {
         f"model.{name}": global_tensor(tensor, experts[name].dispatcher.topology if name in experts else None)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (model.state_dict() | replaced).items()
     }
 
 
-def optimizer_tensors(model: MoEModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of every parameter as "optim.NAME.KEY", moments of experts sharded as the experts are."""
+def optimizer_tensors(
+    model: MoEModel, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state of every parameter as "optim.NAME.KEY", moments of experts sharded as the experts are.
+
+    `weights` are what is optimised in place of the parameters of the same names.
+    """
     materialize_state(optimizer)
     experts = expert_parameters(model)
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (weights or dict(model.named_parameters())).items():
         for key, value in optimizer.state[parameter].items():
             sharded = name in experts and value.shape == parameter.shape  # the step count is a scalar
             tensors[f"optim.{name}.{key}"] = global_tensor(

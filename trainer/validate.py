@@ -17,7 +17,7 @@ from twohop.models.attention import build_attention
 from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
-from twohop.trainer.config import CommConfig, Config, DataConfig, DataOrder, TrainConfig
+from twohop.trainer.config import CommConfig, Config, DataConfig, DataOrder, Precision, TrainConfig
 from twohop.trainer.data.build import CORPORA
 from twohop.trainer.data.images import IMAGES
 from twohop.trainer.data.multitask import TASKS
@@ -40,6 +40,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_name("optim.name", config.optim.name, OPTIMIZERS)
     if training:
         _check_optimizer(config)
+        _check_precision(config)
     check_name("tracker.name", config.tracker.name, TRACKERS)
     _check_router(config)
     _check_attention(config.model)
@@ -86,6 +87,15 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(
             "optim.name=muon updates whole matrices, of which engine=fsdp leaves each rank a part: use engine=ddp, or "
             "optim=adamw"
+        )
+
+
+def _check_precision(config: Config) -> None:
+    engine = config.engine
+    if engine.precision is Precision.bf16_params and engine.name != "ddp":
+        raise ConfigError(
+            f"engine.precision=bf16_params: engine={engine.name} shares out fp32 weights by itself: use "
+            "engine.precision=bf16, or engine=ddp"
         )
 
 

@@ -7,10 +7,13 @@ from twohop.trainer.config.checks import require, require_at_least
 
 
 class Precision(Enum):
-    """`fp32`, or `bf16`: autocast of forward and backward over fp32 parameters."""
+    """`fp32`; `bf16`: autocast of forward and backward over fp32 parameters; `bf16_params`: parameters and gradients in
+    bf16, trained through fp32 masters. Routers are fp32 in all of them.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    bf16_params = "bf16_params"
 
 
 class Recompute(Enum):
@@ -71,6 +74,8 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices; norms and biases have none
     expert_lr_scale: float = 1.0  # learning rate of experts ÷ learning rate of the rest
     clip_norm: float | None = 1.0  # global gradient norm; null: no clipping
+    fused: bool = True  # AdamW as one pass over the parameters; false: operation by operation (foreach)
+    momentum: float | None = None  # muon; null: 0.95
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr}: use a positive learning rate")
@@ -83,6 +88,15 @@ class OptimConfig:
         require(
             self.clip_norm is None or self.clip_norm > 0,
             f"optim.clip_norm={self.clip_norm}: use a positive norm, or null for no clipping",
+        )
+        require(
+            self.momentum is None or self.name == "muon",
+            f"optim.momentum={self.momentum} has no use with optim.name={self.name}: add optim=muon, or leave it out",
+        )
+        if self.name == "muon" and self.momentum is None:
+            self.momentum = 0.95
+        require(
+            self.momentum is None or 0 <= self.momentum < 1, f"optim.momentum={self.momentum}: use a value in [0, 1)"
         )
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from twohop.models import MoEModel, expert_parameters
 from twohop.trainer.config import Config, Precision
+from twohop.trainer.engines.masters import MasterWeights
 from twohop.trainer.optim import build_optimizer, set_learning_rate
 from twohop.trainer.state import model_tensors, optimizer_tensors
 from twohop.trainer.world import sum_over_world, world_size
@@ -20,9 +21,12 @@ class TorchEngine:
 
     def __init__(self, model: MoEModel, config: Config) -> None:
         self.model = model
-        self.optimizer = build_optimizer(model, config.optim)
-        self.clip_norm = config.optim.clip_norm
         self.precision = config.engine.precision
+        self.masters = MasterWeights(model) if self.precision is Precision.bf16_params else None
+        # What the optimizer updates.
+        self.weights = dict(model.named_parameters()) if self.masters is None else self.masters.by_name
+        self.optimizer = build_optimizer(model, config.optim, self.weights)
+        self.clip_norm = config.optim.clip_norm
         self.expert_layers = expert_parameters(model)
 
     def reduce_gradients(self) -> None:
@@ -34,7 +38,9 @@ class TorchEngine:
         raise NotImplementedError
 
     def autocast(self) -> AbstractContextManager:
-        """See `Engine`. `bf16` is autocast over fp32 parameters."""
+        """See `Engine`. `bf16` is autocast over fp32 parameters; `bf16_params` needs none."""
+        if self.masters is not None:
+            self.masters.split()
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision is Precision.bf16)
 
@@ -52,30 +58,36 @@ class TorchEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.reduce_gradients()
+        if self.masters is not None:
+            self.masters.take_gradients()
         norm = self._gradient_norm()
         if math.isfinite(norm):
             self._clip(norm)
             set_learning_rate(self.optimizer, lr_factor)
             self.optimizer.step()
+            if self.masters is not None:
+                self.masters.publish()
         self.optimizer.zero_grad()
         return norm
 
     def model_state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return model_tensors(self.model)
+        return model_tensors(self.model, self.weights)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return optimizer_tensors(self.model, self.optimizer)
+        return optimizer_tensors(self.model, self.optimizer, self.weights)
 
     def restored(self, state: dict[str, Tensor]) -> None:
-        """See `Engine`: loading has written into the model and the optimizer themselves."""
+        """See `Engine`: loading has written into the weights and the optimizer themselves."""
+        if self.masters is not None:
+            self.masters.publish()
 
     def gradients(self) -> Iterator[tuple[Tensor, int]]:
         """This rank's shares of the summed gradients, each with the number of ranks that hold it."""
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None
-            yield _local(parameter.grad), self.copies(name)
+        for name, weight in self.weights.items():
+            assert weight.grad is not None
+            yield _local(weight.grad), self.copies(name)
 
     def _gradient_norm(self) -> float:
         """Norm of the whole model's gradient: every number counts once, wherever it lies.

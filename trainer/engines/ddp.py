@@ -42,12 +42,12 @@ class DdpEngine(TorchEngine):
     def _make_buckets(self) -> list[tuple[Any, list[nn.Parameter]]]:
         """(process group, parameters whose gradients travel together), in one order on all ranks."""
         buckets: list[tuple[Any, list[nn.Parameter]]] = []
-        fill: dict[tuple, int] = {}  # (group, dtype) -> index of the bucket that is being filled
+        fill: dict[tuple, int] = {}  # (group, dtype, has a master) -> index of the bucket that is being filled
         for name, parameter in self.model.named_parameters():
             group = self._reduction_group(name)
             if group is None:  # no replicas
                 continue
-            key = (group, parameter.dtype)
+            key = (group, parameter.dtype, self.masters is not None and parameter in self.masters.pairs)
             bucket = buckets[fill[key]][1] if key in fill else []
             if not bucket or sum(p.nbytes for p in bucket) + parameter.nbytes > BUCKET_BYTES:
                 bucket = []
