@@ -16,8 +16,8 @@ from twohop.trainer.config.running import (
     GenerateConfig,
     LaunchConfig,
     RunConfig,
-    TrackerConfig,
 )
+from twohop.trainer.config.seeing import MetricsConfig, ProfileConfig, TrackerConfig
 from twohop.trainer.config.training import (
     DecayShape,
     DistillConfig,
@@ -50,10 +50,12 @@ __all__ = [
     "KubernetesConfig",
     "LaunchConfig",
     "ManifestKind",
+    "MetricsConfig",
     "MultitaskConfig",
     "OptimConfig",
     "Precision",
     "PrepareConfig",
+    "ProfileConfig",
     "Recompute",
     "RunConfig",
     "ScheduleConfig",

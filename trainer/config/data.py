@@ -62,17 +62,41 @@ class MultitaskConfig:
 
 
 @dataclass
+class HFConfig:
+    """data=hf: what Hugging Face's `datasets` loads, from `data.files` or from the hub; no data set's code is run."""
+
+    name: str | None = None  # on the hub, such as allenai/c4; null: data.files
+    subset: str | None = None  # of a data set that has several
+    revision: str | None = None  # branch, tag or commit on the hub
+    text_key: str = "text"  # the column with the text: a row is a document
+    train_split: str = "train"  # also a part, as `datasets` writes it: train[:10%]
+    valid_split: str | None = None  # null: data.valid_fraction of the training split's rows
+
+    def __post_init__(self) -> None:
+        require(
+            self.name is not None or self.revision is None,
+            f"data.hf.revision={self.revision} has no use with data.files: set data.hf.name or leave it out",
+        )
+        require(
+            self.valid_split != self.train_split,
+            f"data.hf.valid_split={self.valid_split} is the training split too: name another one, or use null",
+        )
+
+
+@dataclass
 class DataConfig:
-    """Where samples come from. `source`: stdlib, text or tokens; multitask, of stdlib's text or `files`; digits."""
+    """Where samples come from. `source`: stdlib, text, hf or tokens; multitask, of stdlib's text or `files`; digits."""
 
     source: str = "stdlib"
-    files: Any = None  # text: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated
+    # text, hf: files, folders or globs, one or a list; tokens: a prepared folder. A list once validated.
+    files: Any = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     order: DataOrder = DataOrder.samples  # batches: the samples that fill no last global batch are never used
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file), or of the images
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
     multitask: MultitaskConfig | None = None
+    hf: HFConfig | None = None
 
     def __post_init__(self) -> None:
         self.files = listed(self.files, str, "data.files", "a path, or a list of paths")
@@ -84,11 +108,19 @@ class DataConfig:
             self.max_mib is None or self.max_mib > 0,
             f"data.max_mib={self.max_mib}: use a positive number of MiB, or null for all text",
         )
-        require(
-            self.multitask is None or self.source == "multitask",
-            f"data.multitask has no use with data.source={self.source}: add data=multitask or leave it out",
-        )
-        require(
-            self.multitask is not None or self.source != "multitask",
-            "data.multitask is not set: data.source=multitask needs its tasks, as data=multitask has them",
-        )
+        for key, what in (("multitask", "tasks"), ("hf", "keys")):
+            value, wanted = getattr(self, key), self.source == key
+            require(
+                value is None or wanted,
+                f"data.{key} has no use with data.source={self.source}: add data={key} or leave it out",
+            )
+            require(
+                value is not None or not wanted,
+                f"data.{key} is not set: data.source={key} needs its {what}, as data={key} has them",
+            )
+        if self.hf is not None:
+            require(
+                bool(self.files) != (self.hf.name is not None),
+                f"data.files={self.files} with data.hf.name={self.hf.name}: data=hf needs either files or the name of "
+                "a data set on the hub",
+            )

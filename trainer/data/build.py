@@ -13,6 +13,7 @@ from typing import Any
 
 from twohop.trainer.config import DataConfig
 from twohop.trainer.data.corpus import Corpus, Document, stdlib_corpus, text_corpus
+from twohop.trainer.data.hf import hf_corpus
 from twohop.trainer.data.images import IMAGES, build_image_data
 from twohop.trainer.data.multitask import build_task_data
 from twohop.trainer.data.samples import Samples
@@ -20,7 +21,7 @@ from twohop.trainer.data.tokenizer import Tokenizer, build_tokenizer, load_token
 from twohop.trainer.data.tokens import TokenWindows, open_tokens, read_header, write_tokens
 from twohop.trainer.errors import DataError
 
-CORPORA: dict[str, Callable[[DataConfig], Corpus]] = {"stdlib": stdlib_corpus, "text": text_corpus}
+CORPORA: dict[str, Callable[[DataConfig], Corpus]] = {"stdlib": stdlib_corpus, "text": text_corpus, "hf": hf_corpus}
 Log = Callable[[str], None]
 FORMAT = 1  # of the token files: a higher number makes earlier caches invisible
 _ENCODE_AT_ONCE = 32  # blocks of text

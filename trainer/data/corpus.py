@@ -8,17 +8,34 @@ import codecs
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from twohop.trainer.config import DataConfig
 from twohop.trainer.errors import DataError
 
 _BLOCK = 4 << 20  # bytes read at once: bounds the memory that one huge file takes
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
+
+
+class Document(Protocol):
+    """A text of a corpus."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of its corpus, on any machine."""
+        ...
+
+    def blocks(self) -> Iterator[str]:
+        """The text in parts, which are held in memory one at a time."""
+        ...
+
+
+class Documents(Sized, Iterable[Document], Protocol):
+    """Documents in a fixed order, which can be read more than once."""
 
 
 class TextFile(NamedTuple):
@@ -30,8 +47,8 @@ class TextFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Document:
-    """The bytes [start, stop) of a UTF-8 file; both ends lie between characters."""
+class FilePart:
+    """A `Document`: the bytes [start, stop) of a UTF-8 file; both ends lie between characters."""
 
     path: Path
     name: str
@@ -70,8 +87,8 @@ class Corpus:
     """Documents for training and validation."""
 
     name: str
-    train: list[Document]
-    valid: list[Document]
+    train: Documents
+    valid: Documents
 
     def fingerprint(self) -> str:
         """SHA-256 over the split, the names and the contents of all documents; reads and checks every byte."""
@@ -106,7 +123,7 @@ def text_corpus(config: DataConfig) -> Corpus:
     """
     if not config.files:
         raise DataError("data.files is empty: name text files, folders or globs, for example data.files=[notes.txt]")
-    paths = sorted({path.absolute() for entry in config.files for path in _expand(entry)})
+    paths = sorted({path.absolute() for entry in config.files for path in expand(entry)})
     parents = os.path.commonpath([path.parent for path in paths])
     files = [TextFile(path, path.relative_to(parents).as_posix(), _text_size(path)) for path in paths]
     return _split("text", files, config)
@@ -119,7 +136,8 @@ def _is_written_by_hand(path: Path) -> bool:
     return bool(head) and b"gencodec.py" not in head  # the code pages in encodings/
 
 
-def _expand(entry: str) -> list[Path]:
+def expand(entry: str) -> list[Path]:
+    """The files that an entry of `data.files` names: itself, those in the folder, or those that the glob matches."""
     path = Path(entry).expanduser()
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
@@ -159,7 +177,7 @@ def _split(name: str, files: list[TextFile], config: DataConfig) -> Corpus:
     if len(documents) == 1:
         return Corpus(name, *_split_bytes(documents[0], config.valid_fraction))
     # Independent of the order in `_limit`, so that a limit does not change the share of the validation split.
-    place = {document: _unit_hash("split", document.name) for document in documents}
+    place = {document: unit_hash("split", document.name) for document in documents}
     in_order = sorted(documents, key=lambda document: (place[document], document.name))
     wanted = sum(place[document] < config.valid_fraction for document in documents)
     count = min(max(wanted, 1), len(documents) - 1)  # either split has at least one file
@@ -168,26 +186,26 @@ def _split(name: str, files: list[TextFile], config: DataConfig) -> Corpus:
     return Corpus(name, [d for d in documents if d not in valid], [d for d in documents if d in valid])
 
 
-def _limit(files: list[TextFile], max_mib: float | None) -> list[Document]:
+def _limit(files: list[TextFile], max_mib: float | None) -> list[FilePart]:
     """A sample of at most `max_mib`: whole files in the order of a hash, the last one cut."""
     left = sum(file.size for file in files) if max_mib is None else int(max_mib * 2**20)
     chosen = []
-    for file in sorted(files, key=lambda file: (_unit_hash("order", file.name), file.name)):
+    for file in sorted(files, key=lambda file: (unit_hash("order", file.name), file.name)):
         stop = file.size if file.size <= left else _character_start(file.path, left)
         if stop > 0:
-            chosen.append(Document(file.path, file.name, 0, stop))
+            chosen.append(FilePart(file.path, file.name, 0, stop))
         left -= file.size
         if left <= 0:
             break
     return chosen
 
 
-def _split_bytes(document: Document, valid_fraction: float) -> tuple[list[Document], list[Document]]:
+def _split_bytes(document: FilePart, valid_fraction: float) -> tuple[list[FilePart], list[FilePart]]:
     """The first part of one file trains, its end validates."""
     cut = _character_start(document.path, round(document.stop * (1 - valid_fraction)))
     if cut in (0, document.stop):
         raise DataError(f"{document.path}: too short to be split; add text or raise data.valid_fraction")
-    parts = [Document(document.path, document.name, *span) for span in ((0, cut), (cut, document.stop))]
+    parts = [FilePart(document.path, document.name, *span) for span in ((0, cut), (cut, document.stop))]
     return parts[:1], parts[1:]
 
 
@@ -205,6 +223,6 @@ def _character_start(path: Path, position: int) -> int:
     return position - back
 
 
-def _unit_hash(salt: str, name: str) -> float:
+def unit_hash(salt: str, name: str) -> float:
     """A number in [0, 1) that depends on nothing but the two strings."""
     return int.from_bytes(hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:6], "big") / 2**48
