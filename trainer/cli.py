@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from twohop.trainer.clusters.step import adopt_step
 from twohop.trainer.errors import UserError, WorkerError
 
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "export": "the model of a run for other programs, such as transformers: run=DIR out=DIR",
     "prepare": "write memory-mapped token files: data=text data.files=book.txt out=DIR",
     "report": "write report.html of a run: run=DIR",
+    "plan": "memory, bytes and time of a run on a cluster, and the best choices: plan cluster.nodes=16",
     "bench": "time every way to carry tokens, against the cost model: bench dispatch launch.nproc=4",
 }
 
@@ -49,9 +51,11 @@ def run(args: list[str]) -> int:
         if command not in COMMANDS:
             raise UserError(f"no command {command!r}{suggest(command, COMMANDS)}; `twohop --help` lists them")
         main: Callable[[list[str]], int] = import_module(f"twohop.trainer.commands.{command}").main
+        adopt_step()
         return main(rest)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank sees the same command line
+        # Under torchrun every rank sees the same command line, and under srun every task.
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             complain(error)
         return 2
     except WorkerError as error:

@@ -1,0 +1,85 @@
+"""What `twohop plan` needs: a model, and a cluster that need not be there."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from twohop.models.config import ModelConfig, ModelKind
+from twohop.trainer.config.checks import listed, require, require_at_least
+from twohop.trainer.config.training import Precision
+
+PLANNED_ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2")  # zeroN: deepspeed with engine.zero_stage=N
+
+
+@dataclass
+class HardwareConfig:
+    """The cluster. What a data sheet says, and three assumptions about what it leaves out."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "h200"  # a name in `twohop.trainer.plan.hardware.GPUS`
+    inter_gbps: float = 400.0  # Gbit/s of one network card, each way
+    nics_per_node: int | None = None  # network cards of a node; null: one for each GPU
+    latency_us: float = 5.0  # of a message between nodes
+    message_us: float = 3.2  # of a rank's processor for each message between nodes
+    efficiency: float = 0.5  # of the peak, that matrix products reach
+    reserve_gib: float = 4.0  # of each GPU's memory for what is not counted: context, buffers of NCCL, fragments
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "cluster", self, "nodes", "gpus_per_node")
+        require_at_least(0, "cluster", self, "latency_us", "message_us", "reserve_gib")
+        require(self.inter_gbps > 0, f"cluster.inter_gbps={self.inter_gbps}: use a positive rate in Gbit/s")
+        require(0 < self.efficiency <= 1, f"cluster.efficiency={self.efficiency}: use a part of the peak in (0, 1]")
+        nics = self.nics_per_node
+        require(
+            nics is None or (1 <= nics <= self.gpus_per_node and self.gpus_per_node % nics == 0),
+            f"cluster.nics_per_node={nics}: use a divisor of cluster.gpus_per_node={self.gpus_per_node}, "
+            "or null for one a GPU",
+        )
+
+    @property
+    def world(self) -> int:
+        """Ranks: one for each GPU."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass
+class PlanConfig:
+    """Everything `twohop plan` needs. The lists are what it may choose from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: HardwareConfig = field(default_factory=HardwareConfig)
+    seq_len: int | None = None  # null: model.max_seq_len
+    global_batch: int = 512  # sequences a step
+    precision: Precision = Precision.bf16
+    vocab_size: int = 50257  # of a model that takes it from its data
+    engines: list[str] = field(default_factory=lambda: list(PLANNED_ENGINES))
+    micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    ep_size: Any = None  # of each MoE layer, or one for all; null: any that divides its experts and the world
+    dispatchers: list[str] = field(default_factory=lambda: ["flat", "hierarchical", "dedup"])
+    chunks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    wires: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
+    cost_file: str | None = None  # predict by this model, which a probe has fitted; null: by the cluster's data
+    json: str | None = None  # where to write all that is printed
+
+    def __post_init__(self) -> None:
+        require(
+            self.model.kind is ModelKind.decoder,
+            f"model.kind={self.model.kind.value}: only decoders can be planned so far",
+        )
+        require_at_least(1, "plan", self, "global_batch", "vocab_size")
+        require(
+            self.seq_len is None or 1 <= self.seq_len <= self.model.max_seq_len,
+            f"seq_len={self.seq_len}: use 1 to model.max_seq_len={self.model.max_seq_len}, or null for the latter",
+        )
+        for key in ("engines", "micro_batches", "dispatchers", "chunks", "wires"):
+            require(bool(getattr(self, key)), f"{key}=[]: name at least one value")
+        for key in ("micro_batches", "chunks"):
+            for value in getattr(self, key):
+                require(value >= 1, f"{key} contains {value}: use positive numbers")
+        wanted = "null, a whole number of ranks, or a list with one for each MoE layer"
+        self.ep_size = listed(self.ep_size, int, "ep_size", wanted)
+        layers = len(self.model.experts_by_layer)
+        require(
+            len(self.ep_size) in (0, 1, layers),
+            f"ep_size={self.ep_size} lists {len(self.ep_size)} layers, but the model has {layers} MoE layers",
+        )

@@ -1,0 +1,180 @@
+"""A plan as tables on the terminal, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from twohop.comm.simulate import Simulated
+from twohop.trainer.plan.hardware import GIB
+from twohop.trainer.plan.search import Candidate, Found
+from twohop.trainer.plan.steptime import Timer
+
+LEVELS = ("between nodes", "inside node")
+ASSUMED = """\
+assumed: uniform routing; ranks in step; a node has {nics} cards of {gbps:g} Gbit/s, a GPU a port of {link:.0f} GB/s inside
+it, each used in full; a message takes {message:g} µs of a processor and {latency:g} µs on its way between nodes; matrix
+products reach {efficiency:.0%} of {peak:.0f} TFLOP/s; AdamW; gradients are summed after the last backward pass (ddp, zero),
+or beside the arithmetic of dense parts (fsdp). comm=auto fits the same cost model to the machines at hand."""
+WIDTH = 118  # where the terminal does not say
+
+
+def as_dict(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> dict[str, Any]:
+    """Everything that `show` prints."""
+    shape, best, config = timer.shape, found.best, timer.config
+    targets = config.global_batch * timer.seq_len
+    return {
+        "model": {"name": shape.config.name, "parameters": shape.total, "active": shape.active},
+        "cluster": asdict(config.cluster),
+        "best": _candidate(best),
+        "step_s": best.step_s,
+        "tokens_per_s": targets / best.step_s,
+        "mfu": shape.token_flops * targets / (best.step_s * config.cluster.world * timer.peak_flops),
+        "traffic": {
+            level: {"bytes": total[0], "messages": total[1]}
+            for level, total in _traffic(timer, best, simulated).items()
+        },
+        "simulated_dispatch_s": best.accumulation * sum(s.forward_s + s.backward_s for s in simulated) - best.experts_s,
+        "others": {
+            choice: {str(value): other and _candidate(other) for value, other in others.items()}
+            for choice, others in found.others.items()
+        },
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        **asdict(candidate),
+        "ways": [{"dispatcher": w.algorithm, "chunks": w.chunks, "wire": w.wire} for w in candidate.ways],
+        "memory": asdict(candidate.memory) | {"peak": candidate.memory.peak},
+        "step_s": candidate.step_s,
+    }
+
+
+def _traffic(timer: Timer, best: Candidate, simulated: Sequence[Simulated]) -> dict[str, tuple[float, int]]:
+    """Bytes and messages of all ranks in a step, by level."""
+    nodes = timer.config.cluster.nodes
+    totals = {level: [s.total(level) for s in simulated] for level in LEVELS}
+    return {
+        level: (
+            sum(sent for sent, _ in total) * nodes * best.accumulation,
+            sum(messages for _, messages in total) * nodes * best.accumulation,
+        )
+        for level, total in totals.items()
+    }
+
+
+def show(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> None:
+    """Print the plan."""
+    console, values, best = _console(), as_dict(timer, found, simulated), found.best
+    cluster, gpu = timer.config.cluster, timer.gpu
+    print(
+        f"{timer.shape.config.name}: {timer.shape.total:,} parameters, {timer.shape.active:,} used by a token; "
+        f"{cluster.nodes} nodes × {cluster.gpus_per_node} {cluster.gpu}, {timer.config.global_batch} × {timer.seq_len} "
+        f"tokens a step, {timer.config.precision.value}"
+    )
+    console.print(_memory_table(timer, found))
+    console.print(_time_table(timer, values, best))
+    console.print(_choice_table(timer, found))
+    print(
+        ASSUMED.format(
+            nics=cluster.nics_per_node or cluster.gpus_per_node,
+            gbps=cluster.inter_gbps,
+            link=gpu.link_bytes_s / 1e9,
+            message=cluster.message_us,
+            latency=cluster.latency_us,
+            efficiency=cluster.efficiency,
+            peak=timer.peak_flops / 1e12,
+        )
+    )
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _memory_table(timer: Timer, found: Found) -> Table:
+    parts = ("weights", "gradients", "moments", "activations", "dispatch", "buffers", "peak")
+    table = _table("GiB of a rank, each engine at its best", "engine", "micro-batch", "EP", *parts)
+    for engine, candidate in sorted(found.others["engine"].items()):
+        if candidate is None:
+            table.add_row(engine, *["–"] * (len(parts) + 1), "does not fit")
+            continue
+        numbers = [f"{getattr(candidate.memory, part) / GIB:.2f}" for part in parts]
+        table.add_row(engine, str(candidate.micro_batch), _ep(candidate), *numbers)
+    return table
+
+
+def _time_table(timer: Timer, values: dict[str, Any], best: Candidate) -> Table:
+    table = _table("a step of the best", "", "ms", "", "")
+    rows = [
+        ("dense arithmetic", best.dense_s, f"{best.accumulation} micro-batches of {best.micro_batch} on each rank"),
+        ("experts", best.experts_s, ""),
+        ("dispatch, beside experts", best.dispatch_s, f"{values['simulated_dispatch_s'] * 1e3:.1f} by simulation"),
+        ("gradients", best.gradients_s, ""),
+        ("optimizer", best.update_s, ""),
+    ]
+    for name, seconds, remark in rows:
+        table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / best.step_s:.0%}", remark)
+    table.add_section()
+    speed = f"{values['tokens_per_s']:,.0f} tokens/s, MFU {values['mfu']:.1%}"
+    table.add_row("together", f"{best.step_s * 1e3:.1f}", "", speed)
+    for level, traffic in values["traffic"].items():
+        table.add_row(level, "", "", f"{traffic['bytes'] / 1e9:,.1f} GB in {traffic['messages']:,} messages, all ranks")
+    return table
+
+
+def _choice_table(timer: Timer, found: Found) -> Table:
+    """The reasons: what each other value costs, with all else at its best."""
+    table = _table("choices, and what the others cost", "choice", "best", "others")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    for choice, others in found.others.items():
+        value = next(v for v, candidate in others.items() if candidate == found.best)
+        costs = [_cost(other, candidate, found.best) for other, candidate in others.items() if other != value]
+        table.add_row(choice, str(value), ", ".join(costs) or "–")
+    for layer, index in _distinct_layers(timer):
+        ways = timer.ways(layer, found.best.ep_sizes[index], found.best.micro_batch)
+        for choice, key in (("dispatcher", "algorithm"), ("chunks", "chunks"), ("wire", "wire")):
+            fastest: dict[Any, float] = {}
+            for way in ways:  # the fastest come first
+                fastest.setdefault(getattr(way, key), way.seconds)
+            value, *rest = fastest
+            costs = [f"{other} +{fastest[other] / ways[0].seconds - 1:.1%} of the layer" for other in rest]
+            table.add_row(f"{choice}, {layer.num_experts} experts", str(value), ", ".join(costs) or "–")
+    return table
+
+
+def _cost(value: Any, candidate: Candidate | None, best: Candidate) -> str:
+    if candidate is None:
+        return f"{value} does not fit"
+    slower = candidate.step_s / best.step_s - 1
+    return f"{value} +{slower:.1%}" if slower >= 5e-4 else f"{value} as fast, {_more(candidate, best)}"
+
+
+def _more(candidate: Candidate, best: Candidate) -> str:
+    return f"{(candidate.memory.peak - best.memory.peak) / GIB:+.1f} GiB"
+
+
+def _distinct_layers(timer: Timer) -> list[tuple[Any, int]]:
+    """A layer of each number of experts, and its index."""
+    first: dict[int, tuple[Any, int]] = {}
+    for index, layer in enumerate(timer.shape.layers):
+        first.setdefault(layer.num_experts, (layer, index))
+    return list(first.values())
+
+
+def _ep(candidate: Candidate) -> str:
+    """EP sizes in the order of layers, runs of equal ones as one."""
+    return "/".join(str(size) for size, _ in groupby(candidate.ep_sizes))

@@ -1,0 +1,166 @@
+"""The best of EP sizes, engine, dispatcher, chunks, wire and micro-batch, and what the others would have cost."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from twohop.comm.shipment import Shipment
+from twohop.comm.simulate import Simulated, simulate
+from twohop.trainer.errors import ConfigError
+from twohop.trainer.plan.hardware import GIB
+from twohop.trainer.plan.memory import Memory, memory_of
+from twohop.trainer.plan.steptime import Timer, Way
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train, and what it takes on each rank and in each step."""
+
+    engine: str
+    micro_batch: int
+    accumulation: int
+    ep_sizes: tuple[int, ...]  # of each MoE layer
+    ways: tuple[Way, ...]
+    memory: Memory
+    dense_s: float  # of a step, as all that follow
+    experts_s: float
+    dispatch_s: float  # what dispatch and combine add to the experts
+    gradients_s: float
+    update_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.dense_s + self.experts_s + self.dispatch_s + self.gradients_s + self.update_s
+
+
+def candidates(timer: Timer) -> Iterator[Candidate]:
+    """All that divides evenly, whether it fits into memory or not."""
+    config, shape = timer.config, timer.shape
+    sizes = sorted({layer.num_experts for layer in shape.layers})
+    for micro_batch, ep_sizes in product(micro_batches(timer), layouts(timer, sizes)):
+        accumulation = config.global_batch // (micro_batch * config.cluster.world)
+        ways = tuple(timer.ways(layer, ep, micro_batch)[0] for layer, ep in zip(shape.layers, ep_sizes, strict=True))
+        experts_s = accumulation * sum(way.experts_s for way in ways)
+        for engine in config.engines:
+            yield Candidate(
+                engine=engine,
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                ep_sizes=ep_sizes,
+                ways=ways,
+                memory=memory_of(
+                    shape,
+                    engine,
+                    ep_sizes,
+                    config.cluster.world,
+                    micro_batch,
+                    timer.seq_len,
+                    config.precision,
+                    accumulation > 1,
+                    max((_crossings(way) for way in ways), default=0.0),
+                ),
+                dense_s=accumulation * timer.dense_s(micro_batch),
+                experts_s=experts_s,
+                dispatch_s=accumulation * sum(way.seconds for way in ways) - experts_s,
+                gradients_s=timer.gradients_s(engine, ep_sizes, micro_batch, accumulation),
+                update_s=timer.update_s(engine, ep_sizes),
+            )
+
+
+def _crossings(way: Way) -> float:
+    """Bytes of rows sent and received at once, at most: two hops, each way."""
+    return 4 * way.work.tokens * way.work.top_k * way.work.row_bytes
+
+
+def micro_batches(timer: Timer) -> list[int]:
+    """Those that make a global batch with the same number of micro-batches on every rank."""
+    config, world = timer.config, timer.config.cluster.world
+    fitting = [size for size in config.micro_batches if config.global_batch % (size * world) == 0]
+    if not fitting:
+        raise ConfigError(
+            f"global_batch={config.global_batch} is no multiple of {world} ranks times one of micro_batches="
+            f"{config.micro_batches}: use {world * max(1, config.global_batch // world)}, or other micro_batches"
+        )
+    return fitting
+
+
+def layouts(timer: Timer, sizes: list[int]) -> Iterator[tuple[int, ...]]:
+    """EP sizes of all MoE layers; layers of equal numbers of experts have the same, unless they are given."""
+    config, layers, world = timer.config, timer.shape.layers, timer.config.cluster.world
+    if config.ep_size:
+        given = config.ep_size * len(layers) if len(config.ep_size) == 1 else config.ep_size
+        for layer, ep_size in zip(layers, given, strict=True):
+            if ep_size < 1 or world % ep_size or layer.num_experts % ep_size:
+                raise ConfigError(
+                    f"ep_size={ep_size} does not divide both the {world} ranks and the {layer.num_experts} experts of "
+                    f"a layer: use one of {_divisors(math.gcd(world, layer.num_experts))}, or null"
+                )
+        yield tuple(given)
+        return
+    for chosen in product(*(_divisors(math.gcd(size, world)) for size in sizes)):
+        of_size = dict(zip(sizes, chosen, strict=True))
+        yield tuple(of_size[layer.num_experts] for layer in layers)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best candidate, and for each choice the best with each other value: None if none fits."""
+
+    best: Candidate
+    others: dict[str, dict[Any, Candidate | None]]  # choice -> value -> candidate
+
+
+def search(timer: Timer) -> Found:
+    """The candidate that fits and takes the shortest step; of equal ones the one with most memory left.
+
+    Raises ConfigError if none fits.
+    """
+    room = (timer.gpu.memory_gib - timer.config.cluster.reserve_gib) * GIB
+    everything = list(candidates(timer))
+    fitting = [candidate for candidate in everything if candidate.memory.peak <= room]
+    if not fitting:
+        least = min(everything, key=lambda candidate: candidate.memory.peak)
+        raise ConfigError(
+            f"nothing fits into the {room / GIB:.1f} GiB of cluster.gpu={timer.config.cluster.gpu}: the least is "
+            f"{least.memory.peak / GIB:.1f} GiB, with {least.engine}, micro_batch={least.micro_batch} and EP "
+            f"{'/'.join(map(str, sorted(set(least.ep_sizes))))}; use more nodes, or a smaller model"
+        )
+
+    def rank(candidate: Candidate) -> tuple[float, float]:
+        return candidate.step_s, candidate.memory.peak
+
+    choices: dict[str, Callable[[Candidate], Any]] = {
+        "engine": lambda c: c.engine,
+        "micro-batch": lambda c: c.micro_batch,
+    }
+    for size in sorted({layer.num_experts for layer in timer.shape.layers}):
+        index = next(i for i, layer in enumerate(timer.shape.layers) if layer.num_experts == size)
+        choices[f"EP of {size} experts"] = lambda c, index=index: c.ep_sizes[index]
+    others: dict[str, dict[Any, Candidate | None]] = {}
+    for name, value_of in choices.items():
+        values = dict.fromkeys(map(value_of, everything))
+        others[name] = {
+            value: min((c for c in fitting if value_of(c) == value), key=rank, default=None) for value in values
+        }
+    return Found(min(fitting, key=rank), others)
+
+
+def replay(timer: Timer, candidate: Candidate) -> list[Simulated]:
+    """Each MoE layer's dispatch and combine of one micro-batch, simulated message by message; equal layers once."""
+    done: dict[tuple, Simulated] = {}
+    results = []
+    for way, ep_size in zip(candidate.ways, candidate.ep_sizes, strict=True):
+        key = (way, ep_size)
+        if key not in done:
+            block = timer.block(ep_size)
+            shipment = Shipment.expected(way.work, block, way.algorithm, way.chunks, timer.levels[1])
+            done[key] = simulate(shipment, timer.network, way.work)
+        results.append(done[key])
+    return results
