@@ -38,6 +38,13 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"every": 0},
 }
 
+# What every engine is asked for; "zero-N" is DeepSpeed's stage N.
+ENGINES: dict[str, tuple[str, ...]] = {
+    "ddp": ("engine.name=ddp",),
+    "fsdp": ("engine.name=fsdp",),
+    **{f"zero-{stage}": ("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in (0, 1, 2)},
+}
+
 
 def write_corpus(directory: Path) -> Path:
     """A text with some structure to learn, the same everywhere."""

@@ -1,6 +1,6 @@
 """Engines against one process with plain autograd and torch's own AdamW, in fp64: norm, clipping and weights.
 
-Every engine in `ENGINES` is held to the same tests.
+Every engine is held to the same tests. DeepSpeed reduces and updates in fp32 only, hence its wider tolerance.
 """
 
 from pathlib import Path
@@ -12,16 +12,28 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_distributed
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.comm import Topology, build_dispatcher
 from twohop.models import Transformer, build_model, expert_parameters, init_weights
-from twohop.trainer.engines import ENGINES, build_engine
+from twohop.trainer.engines import ENGINES as REGISTERED
+from twohop.trainer.engines import build_engine
 from twohop.trainer.engines import ddp as ddp_module
 from twohop.trainer.world import rank, world_size
 
 MICRO_BATCHES = 4
 STEPS = 3
 ALL_TO_EXPERT_0 = "all to expert 0"
+LAYOUTS = [
+    (1, [1, 1], "0.05", "learned"),
+    (2, [2, 2], "inf", "learned"),
+    (4, [1, 1], "0.05", "learned"),
+    (4, [2, 4], "0.05", "learned"),
+    (4, [4, 1], "inf", "learned"),
+    (4, [4, 2], "0.05", ALL_TO_EXPERT_0),  # most ranks' experts get no token and no gradient
+]
+# Each stage of ZeRO clips, with EP sizes that differ, and accumulates; together they have every layout.
+OF_ZERO = {"zero-0": (3, 5), "zero-1": (1, 2, 5), "zero-2": (0, 3, 4)}
+CASES = [(engine, *LAYOUTS[i]) for engine in sorted(ENGINES) for i in OF_ZERO.get(engine, range(len(LAYOUTS)))]
 
 
 def batch(step: int, index: int) -> Tensor:
@@ -35,9 +47,9 @@ def loss_of(model: Transformer, ids_BT1: Tensor) -> Tensor:
     return (cross_entropy + sum(loss for stats in output.moe for loss in stats.losses.values())) / MICRO_BATCHES
 
 
-def prepare(model: Transformer, routing: str) -> None:
+def prepare(model: Transformer, routing: str, dtype: torch.dtype = torch.float64) -> None:
     init_weights(model, 1)
-    model.double()
+    model.to(dtype)
     if routing == ALL_TO_EXPERT_0:  # zero logits: top-k takes the first experts, and all others get no token
         for _, layer in model.moe_layers():
             torch.nn.init.zeros_(layer.router.gate.weight)
@@ -79,11 +91,11 @@ def overrides(clip_norm: str) -> list[str]:
 
 
 def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str) -> tuple:
-    config = tiny_config(directory, f"engine.name={engine_name}", *overrides(clip_norm))
+    config = tiny_config(directory, *ENGINES[engine_name], *overrides(clip_norm))
     topology = Topology.discover()
     topologies = [topology.with_ep(ep_size) for ep_size in ep_sizes]
     model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", topologies[i], experts))
-    prepare(model, routing)
+    prepare(model, routing, torch.float32 if engine_name in OF_ZERO else torch.float64)
     with patch.object(ddp_module, "BUCKET_BYTES", 4096):  # several buckets for each group
         engine = build_engine(model, config)
     norms = []
@@ -102,37 +114,34 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-@pytest.mark.parametrize("engine", sorted(ENGINES))
-@pytest.mark.parametrize(
-    ("nproc", "ep_sizes", "clip_norm", "routing"),
-    [
-        (1, [1, 1], "0.05", "learned"),
-        (2, [2, 2], "inf", "learned"),
-        (4, [1, 1], "0.05", "learned"),
-        (4, [2, 4], "0.05", "learned"),
-        (4, [4, 1], "inf", "learned"),
-        (4, [4, 2], "0.05", ALL_TO_EXPERT_0),  # most ranks' experts get no token and no gradient
-    ],
-)
+def test_all_engines_are_tested() -> None:
+    config = [override for overrides in ENGINES.values() for override in overrides]
+    assert {f"engine.name={name}" for name in REGISTERED} == {text for text in config if text.startswith("engine.name")}
+
+
+@pytest.mark.parametrize(("engine", "nproc", "ep_sizes", "clip_norm", "routing"), CASES)
 def test_norm_clipping_and_weights_are_those_of_one_process(
     tmp_path: Path, engine: str, nproc: int, ep_sizes: list[int], clip_norm: str, routing: str
 ) -> None:
     write_corpus(tmp_path)
     expected_norms, expected = reference(tmp_path, clip_norm, routing)
+    # In fp32 (24 bits) a gradient is a sum over some 100 products at some 10 depths, off by 2^-24 · 10 · √100 < 1e-5 of
+    # its size; an update moves a weight by lr · g / (|g| + eps) < 3e-3, and rounds a weight of about 1 three times.
+    rel, rtol, atol = (1e-5, 1e-6, 2e-7) if engine in OF_ZERO else (1e-10, 1e-9, 1e-12)
     for norms, weights in run_distributed(train, nproc, tmp_path, engine, ep_sizes, clip_norm, routing):
-        assert norms == pytest.approx(expected_norms, rel=1e-10)
+        assert norms == pytest.approx(expected_norms, rel=rel)
         for name, (first_expert, ours) in weights.items():
             theirs = expected[name]
             if first_expert is not None:
                 theirs = theirs[first_expert : first_expert + len(ours)]
             torch.testing.assert_close(
-                ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+                ours.double(), theirs, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path, engine: str) -> None:
-    config = tiny_config(tmp_path, f"engine.name={engine}", *overrides("inf"))
+    config = tiny_config(tmp_path, *ENGINES[engine], *overrides("inf"))
     model = build_model(config.model)
     init_weights(model, 0)
     built = build_engine(model, config)
@@ -146,7 +155,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path, 
 def test_bf16_is_autocast_over_fp32_parameters(tmp_path: Path, engine: str) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
-        config = tiny_config(tmp_path, f"engine.name={engine}", f"engine.precision={precision}", *overrides("1.0"))
+        config = tiny_config(tmp_path, *ENGINES[engine], f"engine.precision={precision}", *overrides("1.0"))
         model = build_model(config.model)
         init_weights(model, 0)
         built = build_engine(model, config)

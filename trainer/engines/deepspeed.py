@@ -10,6 +10,7 @@ a *share* is an even cut of a parameter's state along one dimension, the form in
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,7 +111,7 @@ class DeepSpeedEngine(TorchEngine):
     def restored(self, state: dict[str, Tensor]) -> None:
         """See `Engine`."""
         if not self.stage:
-            return
+            return super().restored(state)
         for name, parameter, own, flat in self._states():
             for key, value in own.items():
                 if value.shape == flat.shape:  # others, such as the count of steps, are no copies
@@ -167,6 +168,7 @@ def _group_name(topology: Topology) -> str:
 def _join_world() -> None:
     """Let DeepSpeed use the world that there is."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
     os.environ.setdefault("LOCAL_RANK", "0")
     open_world_of_one()
