@@ -1,7 +1,7 @@
 """From a `Config` to everything that a worker needs: topology, data, model, engine."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from twohop.comm import (
 )
 from twohop.models import ModelConfig, MoEModel, build_model, parameter_counts
 from twohop.models.build import MakeDispatcher
+from twohop.models.flops import training_flops
 from twohop.trainer.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.compiling import compile_regions
 from twohop.trainer.config import CommConfig, Config, DataOrder
 from twohop.trainer.data import Data, build_data
 from twohop.trainer.distill import Teacher, teacher_config
@@ -55,6 +57,11 @@ class Run:
         """The model, as the engine has prepared it."""
         return self.engine.model
 
+    @cached_property
+    def flops_per_target(self) -> float | None:
+        """See `training_flops`."""
+        return training_flops(self.config.model, self.config.train.seq_len)
+
     def state(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name."""
         return self.engine.model_state() | self.engine.optimizer_state()
@@ -66,6 +73,7 @@ class Run:
             "seed": self.config.seed,
             "data.fingerprint": self.data.fingerprint,
             "data.order": self.config.data.order.value,
+            "data.document_mask": self.config.data.document_mask,
             "train.seq_len": self.config.train.seq_len,
             "train.global_batch": self.config.train.global_batch,
         }
@@ -130,6 +138,8 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     checkpoints = CheckpointStore(
         directory / CHECKPOINTS, config.checkpoint.keep, say, config.checkpoint.keep_every
     )
+    if config.train.compile:
+        compile_regions(model)
     recompute_activations(model, config.train.recompute)
     engine = build_engine(model, config)
     return Run(config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter, clock)

@@ -33,7 +33,7 @@ TWOHOP = str(Path(sys.executable).with_name("twohop"))
 
 def train_steps(directory: Path) -> list[dict[str, Any]]:
     """The training records of a run, without what depends on the clock."""
-    clock = ("step_s", "phase_s", "phase_max_s", "targets_per_s", "peak_memory")
+    clock = ("step_s", "phase_s", "phase_max_s", "targets_per_s", "peak_memory", "mfu")
     records = [record for record in read_metrics(directory) if record["kind"] == "train"]
     return [{key: value for key, value in record.items() if key not in clock} for record in records]
 

@@ -30,7 +30,7 @@ def run(line: str, capfd) -> tuple[int, str, str]:
 def started(monkeypatch):
     """The configurations that would have been run, instead of worker processes."""
     calls = []
-    monkeypatch.setattr(launch, "start", lambda worker, config, run_dir: calls.append((config, run_dir)) or {})
+    monkeypatch.setattr(launch, "start", lambda worker, config, run_dir, *nodes: calls.append((config, run_dir)) or {})
     monkeypatch.setattr(train, "start", launch.start)
     monkeypatch.setattr("twohop.trainer.stored.start", launch.start)
     return calls
@@ -318,7 +318,7 @@ def test_sweep_goes_on_after_a_failed_job_and_says_so(monkeypatch, capfd, tmp_pa
 
 
 def test_sweep_whose_jobs_all_succeed_exits_with_0(started, capfd):
-    code, out, err = run("train --multirun model=moe,pr_moe comm=flat,dedup", capfd)
+    code, out, err = run("train --multirun model=moe,pr_moe comm=flat,dedup tracker=wandb", capfd)
     assert (code, err) == (0, "")
     assert "sweep: 4 jobs, 0 failed" in out
     assert [(config.model.name, config.comm.dispatcher) for config, _ in started] == [
@@ -328,6 +328,8 @@ def test_sweep_whose_jobs_all_succeed_exits_with_0(started, capfd):
         ("pr_moe", "dedup"),
     ]
     assert len({run_dir for _, run_dir in started}) == 4
+    # A group of W&B is named by the sweep's folder.
+    assert {config.tracker.group for config, _ in started} == {started[0][1].parent.name}
 
 
 def test_jobs_of_a_sweep_cannot_share_a_folder(started, capfd):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
 from twohop.trainer.config import TrackerConfig
@@ -108,13 +109,37 @@ def test_wandb_online_without_a_key_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TrackerConfig(name="mlflow"), r"tracker\.name=mlflow: unknown; use one of none, wandb"),
+        (TrackerConfig(name="mlflow"), r"tracker\.name=mlflow: unknown; use one of none, wandb, tensorboard"),
         (TrackerConfig(name="wandb", mode="onlin"), r"tracker\.mode=onlin: use one of offline, online, disabled"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, config: TrackerConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_trackers(config, tmp_path, "abc", {})
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
+    for resumed_step, steps, loss in ((None, (1, 2, 3), 1.0), (2, (3, 4), 2.0)):
+        trackers = build_trackers(TrackerConfig(name="tensorboard"), tmp_path, "abc", {"model": {"dim": 64}})
+        with MetricsWriter(tmp_path, trackers, resumed_step) as writer:
+            for step in steps:
+                writer.log(step, {"loss": loss / step, "moe": {"blocks.1": {"load": [0.75, 0.25]}}})
+            writer.log(steps[-1], {"valid_loss": 0.5}, kind="eval")
+            writer.close({"valid_loss": 0.5, "sample": "${x"})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    curve = [(event.step, event.value) for event in shown.Scalars("train/loss")]
+    assert curve == [(1, 1.0), (2, 0.5), (3, pytest.approx(2 / 3)), (4, 0.5)]  # step 3 as it was taken again
+    assert {"train/moe/blocks.1/max_load", "eval/valid_loss"} <= set(shown.Tags()["scalars"])
+    texts = {
+        name: shown.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0] for name in ("config", "summary")
+    }
+    assert b'    {\n      "model": {\n        "dim": 64' in texts["config"]
+    assert b'"valid_loss": 0.5' in texts["summary"]
+
+
+def test_tensorboard_takes_no_settings_of_wandb() -> None:
+    with pytest.raises(ValueError, match=r"tracker\.group=a has no use with tracker=tensorboard"):
+        TrackerConfig(name="tensorboard", group="a")
 
 
 def test_wandb_is_imported_only_when_chosen() -> None:

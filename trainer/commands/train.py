@@ -1,9 +1,11 @@
 """`twohop train`: compose, validate, decide the run folder, and let the workers train."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from twohop.trainer.app import run_app
+from twohop.trainer.clusters.nodes import find_nodes
 from twohop.trainer.config import Config
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import check_init, with_origin
@@ -16,12 +18,18 @@ WORKER = "twohop.trainer.workers:train"
 
 def main(args: list[str]) -> int:
     """Train one model, or with --multirun one for each combination; return the exit code."""
-    return run_app("train", Config, with_origin(args), train)
+    return run_app("train", Config, with_origin(_switched(args)), train)
+
+
+def _switched(args: list[str]) -> list[str]:
+    """The arguments, with `profile=true` as the key that it is short for: Hydra has no value for a group of keys."""
+    return [re.sub("^profile=(true|false)$", r"profile.enabled=\1", arg) for arg in args]
 
 
 def train(config: Config, sweep_dir: Path | None) -> float | None:
-    """Train and return the final validation loss, on rank 0's process or the parent of all ranks."""
-    validate(config, world_size(config.launch))
+    """Train and return `optimized_metric`, on every rank's process or the parent of its node's ranks."""
+    nodes = find_nodes(config)
+    validate(config, world_size(config.launch, nodes))
     if config.resume is None:
         check_init(config)
     if sweep_dir is not None:
@@ -30,9 +38,11 @@ def train(config: Config, sweep_dir: Path | None) -> float | None:
                 f"run.dir={config.run.dir}: the jobs of a sweep cannot share a folder; set hydra.sweep.dir"
             )
         config.run.dir = str(sweep_dir)
-    run_dir = None if joins_outer_launcher() else open_run(config)
+        if config.tracker.name == "wandb" and config.tracker.group is None:
+            config.tracker.group = sweep_dir.parent.name
+    run_dir = None if joins_outer_launcher() or nodes.count > 1 else open_run(config)
     try:
-        return start(WORKER, config, run_dir).get("valid_loss")
+        return start(WORKER, config, run_dir, nodes).get(config.optimized_metric)
     finally:
         if run_dir is not None:
             with suppress(OSError):  # only an empty folder can be removed: one of a run that never began

@@ -6,6 +6,7 @@ from typing import Any
 
 from twohop.models.config import ModelConfig
 from twohop.trainer.config.checks import listed, require
+from twohop.trainer.config.cluster import ClusterConfig
 from twohop.trainer.config.comm import CommConfig
 from twohop.trainer.config.data import DataConfig
 from twohop.trainer.config.running import (
@@ -14,8 +15,8 @@ from twohop.trainer.config.running import (
     GenerateConfig,
     LaunchConfig,
     RunConfig,
-    TrackerConfig,
 )
+from twohop.trainer.config.seeing import MetricsConfig, ProfileConfig, TrackerConfig
 from twohop.trainer.config.training import (
     DistillConfig,
     EngineConfig,
@@ -42,11 +43,22 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
     resume: str | None = None  # null | auto | a run folder
+    optimized_metric: str = "valid_loss"  # of summary.json: what a sweeper gets to know of a run
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("valid_loss", "valid_perplexity", "valid_accuracy", "train_loss", "training_seconds")
+        require(
+            self.optimized_metric in known,
+            f"optimized_metric={self.optimized_metric}: unknown; use one of {', '.join(known)}",
+        )
 
 
 class TensorType(Enum):
@@ -70,6 +82,7 @@ class ExportConfig(Config):
     bits: int = 8  # quantized: of an expert's weight, 8 or 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.shard_mib > 0, f"shard_mib={self.shard_mib}: use a positive number of MiB")
         require(
             self.format != "task" or self.task is not None,

@@ -83,16 +83,6 @@ class LaunchConfig:
 
 
 @dataclass
-class TrackerConfig:
-    """Experiment trackers beside metrics.jsonl: none or wandb."""
-
-    name: str = "none"
-    project: str = "twohop"
-    mode: str = "offline"  # wandb: offline | online | disabled
-    group: str | None = None
-
-
-@dataclass
 class RunConfig:
     """The run folder: root/name/timestamp, or `dir` if it is given."""
 

@@ -9,7 +9,7 @@ from twohop.trainer.config import TrackerConfig
 from twohop.trainer.errors import ConfigError
 
 # name → module with `start(config, run_dir, run_id, run_config) -> Tracker`; None: nothing beside metrics.jsonl
-TRACKERS: dict[str, str | None] = {"none": None, "wandb": f"{__name__}.wandb"}
+TRACKERS: dict[str, str | None] = {"none": None, "wandb": f"{__name__}.wandb", "tensorboard": f"{__name__}.tensorboard"}
 
 
 class Tracker(Protocol):
