@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.comm import TokenDispatcher
-from twohop.models.attention import AttentionBase, Cache, build_attention, rope_angles
+from twohop.models.attention import AttentionBase, Cache, Documents, build_attention, rope_angles
 from twohop.models.base import ModelOutput, MoEModel
 from twohop.models.config import ModelConfig
 from twohop.models.feed_forward import FeedForward
@@ -36,12 +36,17 @@ class Block(nn.Module):
             self.mlp = FeedForward(config.dim, config.ffn_dim, config.activation)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, about: TokenInfo, cache: Cache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        about: TokenInfo,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, MoEStats | None]:
         """[B, T, D] → [B, T, D], and the MoE layer's statistics if there is one."""
         if self.left_out and self.training:
             return x_BTD, self.moe.idle() if self.is_moe else None
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache, documents=documents)
         h_BTD = self.ffn_norm(x_BTD)
         y_BTD, stats = self.moe(h_BTD, about) if self.is_moe else (self.mlp(h_BTD), None)
         return x_BTD + y_BTD, stats
@@ -63,10 +68,17 @@ class Transformer(MoEModel):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, ids_BT: Tensor, cache: list[Cache] | None = None, sample_B: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        cache: list[Cache] | None = None,
+        sample_B: Tensor | None = None,
+        document_BT: Tensor | None = None,
+    ) -> ModelOutput:
         """int64 [B, T] → `ModelOutput`. With a cache (see `new_cache`), ids continue the positions in it.
 
-        `sample_B` numbers the sequences in their data set, for routers that remember.
+        `sample_B` numbers the sequences in their data set, for routers that remember. `document_BT` numbers the
+        documents of every sequence, each of which is then treated as if it stood alone; not with a cache.
 
         With expert parallelism every rank of each layer's EP group must call this. Raises ValueError past max_seq_len.
         """
@@ -79,14 +91,18 @@ class Transformer(MoEModel):
             )
         x_BTD = self.embed(ids_BT)
         angle_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        positions_T = torch.arange(start, end, device=ids_BT.device)
+        positions = torch.arange(start, end, device=ids_BT.device)
+        documents = None
+        if document_BT is not None:
+            documents = Documents(document_BT)
+            positions = documents.position_BT[:, None]  # the same for all heads
         rope = rope_angles(
-            positions_T, self.config.rotary_dim, self.config.rope_theta, angle_dtype, self.config.rope_scaling
+            positions, self.config.rotary_dim, self.config.rope_theta, angle_dtype, self.config.rope_scaling
         )
         about = TokenInfo(len(ids_BT), token_BT=ids_BT, sample_B=sample_B)
         moe = []
         for i, block in enumerate(self.blocks):
-            x_BTD, stats = block(x_BTD, rope, about, cache[i] if cache else None)
+            x_BTD, stats = block(x_BTD, rope, about, cache[i] if cache else None, documents)
             if stats is not None:
                 moe.append(stats)
         return ModelOutput(self.read_out(x_BTD), tuple(moe), self.attention_losses())

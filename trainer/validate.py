@@ -48,6 +48,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
         _check_causal(config.model)
     check_data(config.data)
     _check_kind(config)
+    _check_documents(config)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
     if training:
@@ -159,6 +160,23 @@ def _check_kind(config: Config) -> None:
     router = config.model.moe.router.name
     if kind is ModelKind.vit and "vocab_size" in ROUTERS[router].sizes:
         raise ConfigError(f"model.moe.router.name={router}: patches have no ids in a vocabulary; use noisy")
+
+
+def _check_documents(config: Config) -> None:
+    if not config.data.document_mask:
+        return
+    if config.model.kind is not ModelKind.decoder:
+        raise ConfigError(
+            f"data.document_mask=true has no use with model.kind={config.model.kind.value}, whose sequences hold one "
+            "thing each: leave it out"
+        )
+    with torch.device("meta"):
+        separates = build_attention(config.model).separates_documents
+    if not separates:
+        raise ConfigError(
+            f"data.document_mask=true: model.attention.kind={config.model.attention.kind} sees across documents: use "
+            "another kind, such as full or sliding, or leave the mask out"
+        )
 
 
 def check_name(key: str, name: str, known: Iterable[str]) -> None:

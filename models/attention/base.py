@@ -13,6 +13,8 @@ from twohop.models.config import ModelConfig, QKNorm
 class AttentionBase(nn.Module):
     """One layer of attention, of any kind."""
 
+    separates_documents = True  # whether `forward` keeps the `documents` of a sequence apart
+
     def take_losses(self) -> dict[str, Tensor]:
         """Scalars that the last forward pass adds to the training loss, by name, already multiplied by their weights.
 

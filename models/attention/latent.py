@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from twohop.models.attention.attend import attend
 from twohop.models.attention.base import AttentionBase
 from twohop.models.attention.cache import KVCache
+from twohop.models.attention.documents import Documents
 from twohop.models.attention.masks import causal
 from twohop.models.attention.rope import Rope, rotate
 from twohop.models.config import ModelConfig
@@ -47,8 +48,17 @@ class LatentAttention(AttentionBase):
         self.wo = nn.Linear(config.num_heads * self.value_dim, config.dim, bias=False)
         self.score_factor = config.rope_scaling.score_factor
 
-    def forward(self, x_BTD: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
-        """[B, T, D] → [B, T, D]. With a cache, x holds the positions after those in it; `rope` is of width P."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None = None,
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """[B, T, D] → [B, T, D]. With a cache, x holds the positions after those in it; `rope` is of width P.
+
+        `documents`, without a cache: none sees another.
+        """
         q_latent = x_BTD if self.wq_down is None else self.q_norm(self.wq_down(x_BTD))
         q_nope, q_rope = self._heads(self.wq(q_latent)).split([self.nope_dim, self.rope_dim], -1)
         latent_BTR, k_rope_BTP = self.wkv_down(x_BTD).split([self.kv_rank, self.rope_dim], -1)
@@ -61,7 +71,7 @@ class LatentAttention(AttentionBase):
         k_nope, v = kv_BHSX.split([self.nope_dim, self.value_dim], -1)
         q_BHTA = torch.cat([q_nope, rotate(q_rope, rope)], -1) * self.score_factor
         k_BHSA = torch.cat([k_nope, k_rope_B1SP.expand(-1, self.num_heads, -1, -1)], -1)
-        y_BHTV = attend(q_BHTA, k_BHSA, v, causal, first_query)
+        y_BHTV = attend(q_BHTA, k_BHSA, v, causal, first_query, documents=documents)
         return self.wo(y_BHTV.transpose(1, 2).flatten(2))
 
     def new_cache(self, max_len: int) -> KVCache:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twohop.models.attention.base import HeadAttention
+from twohop.models.attention.documents import Documents
 from twohop.models.attention.rope import Rope, rotate
 from twohop.models.config import ModelConfig
 
@@ -41,8 +42,20 @@ class LinearAttention(HeadAttention):
         if self.decay:
             self.wg = nn.Linear(config.dim, config.num_heads * self.head_dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Rope | None = None, cache: LinearState | None = None) -> Tensor:
+    separates_documents = False  # the state passes from one to the next
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None = None,
+        cache: LinearState | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """[B, T, D] → [B, T, D]. With a cache, x holds the positions after those that its state has seen."""
+        if documents is not None:
+            raise ValueError(
+                "model.attention.kind=linear sees across documents: data.document_mask=true needs another kind"
+            )
         state = cache or LinearState()
         q, (k, v) = self.queries(x_BTD), self.keys_values(x_BTD)
         k, v = (x.repeat_interleave(self.num_heads // x.shape[1], 1) for x in (k, v))

@@ -18,6 +18,7 @@ from torch import Tensor
 from twohop.models.attention.attend import attend
 from twohop.models.attention.base import HeadAttention
 from twohop.models.attention.cache import KVCache
+from twohop.models.attention.documents import Documents
 from twohop.models.attention.masks import causal
 from twohop.models.attention.rope import Rope, rope_angles, rotate
 from twohop.models.config import ModelConfig
@@ -58,8 +59,20 @@ class MemoryAttention(HeadAttention):
         self.compression, self.compressed = options.compression or 1, options.compressed or 0
         self.rope_theta = config.rope_theta
 
-    def forward(self, x_BTD: Tensor, rope: Rope | None = None, cache: MemoryCache | None = None) -> Tensor:
+    separates_documents = False  # segments, memory and means are cut without regard to them
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None = None,
+        cache: MemoryCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """[B, T, D] → [B, T, D]. Segments begin at multiples of `segment`, counted from the cache's first position."""
+        if documents is not None:
+            raise ValueError(
+                "model.attention.kind=memory sees across documents: data.document_mask=true needs another kind"
+            )
         q = rotate(self.queries(x_BTD), rope)
         start = 0 if cache is None else cache.length
         end = start + x_BTD.shape[1]

@@ -14,16 +14,19 @@ Rope = tuple[Tensor, Tensor]
 
 
 def rope_angles(
-    positions_T: Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+    positions: Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> Rope:
-    """cos and sin of position · theta^(-2i / A) for i < A/2: [T, A/2] each; frequencies and size as `scaling` says."""
-    exponents = torch.arange(0, width, 2, device=positions_T.device, dtype=dtype) / width
+    """cos and sin of position · theta^(-2i / A) for i < A/2: [..., A/2] each for positions [...].
+
+    Frequencies and size are as `scaling` says.
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=dtype) / width
     frequencies = theta**-exponents
     size = 1.0
     if scaling is not None and scaling.kind is not RopeScalingKind.none:
         frequencies = _scaled(frequencies, width, theta, scaling)
         size = scaling.rotation_factor
-    angles = positions_T.to(dtype)[:, None] * frequencies
+    angles = positions.to(dtype)[..., None] * frequencies
     return angles.cos() * size, angles.sin() * size
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from twohop.models.attention.attend import attend
 from twohop.models.attention.base import HeadAttention
 from twohop.models.attention.cache import KVCache
+from twohop.models.attention.documents import Documents
 from twohop.models.attention.masks import Pattern
 from twohop.models.attention.rope import Rope, rotate
 from twohop.models.config import ModelConfig
@@ -28,6 +29,7 @@ class Attention(HeadAttention):
         memory_BSD: Tensor | None = None,
         key_mask_BS: Tensor | None = None,
         memory_rope: Rope | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """[B, T, D] → [B, T, D].
 
@@ -39,6 +41,7 @@ class Attention(HeadAttention):
             memory_BSD: the states that are attended to in place of x.
             key_mask_BS: bool, False for keys that nobody sees, such as padding; S counts all positions of the cache.
             memory_rope: angles of the memory's positions, which are counted in its own sequence.
+            documents: of whole sequences without cache or memory: none sees another.
         """
         q = rotate(self.queries(x_BTD), rope)
         first_query = cache.length if cache is not None and memory_BSD is None else 0
@@ -53,7 +56,7 @@ class Attention(HeadAttention):
         first_key = 0 if cache is None else cache.length - num_keys
         if key_mask_BS is not None:
             key_mask_BS = key_mask_BS[:, -num_keys:]
-        return self.output(self.attend(q, k, v, first_query, first_key, key_mask_BS))
+        return self.output(self.attend(q, k, v, first_query, first_key, key_mask_BS, documents))
 
     def attend(
         self,
@@ -63,9 +66,10 @@ class Attention(HeadAttention):
         first_query: int,
         first_key: int,
         key_mask_BS: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
         """[B, H, T, A], from queries and keys whose positions begin at the given ones."""
-        return attend(q_BHTA, k_BGSA, v_BGSA, self.mask, first_query, first_key, key_mask_BS)
+        return attend(q_BHTA, k_BGSA, v_BGSA, self.mask, first_query, first_key, key_mask_BS, documents)
 
     def new_cache(self, max_len: int) -> KVCache:
         """See `AttentionBase`. Holds no more than `reach` positions beside the new ones."""

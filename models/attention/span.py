@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twohop.models.attention.documents import Documents
 from twohop.models.attention.masks import Pattern
 from twohop.models.attention.softmax import Attention
 from twohop.models.config import ModelConfig
@@ -34,6 +35,7 @@ class SpanAttention(Attention):
         first_query: int,
         first_key: int,
         key_mask_BS: Tensor | None,
+        documents: Documents | None,
     ) -> Tensor:
         """See `Attention`."""
         device, num_queries, num_keys = q_BHTA.device, q_BHTA.shape[2], k_BGSA.shape[2]
@@ -46,6 +48,8 @@ class SpanAttention(Attention):
         seen_HTS = (distance_TS >= 0) & (distance_TS < self.window) & (weight_HTS > 0)
         if key_mask_BS is not None:
             seen_HTS = seen_HTS & key_mask_BS[:, None, None]
+        if documents is not None:
+            seen_HTS = seen_HTS & (documents.number_BT[:, None, :, None] == documents.number_BT[:, None, None])
         # m · exp(s) is exp(s + log m). The inner `where` keeps log 0, whose gradient is NaN, out of the graph.
         log_weight = torch.where(seen_HTS, weight_HTS, 1).log().masked_fill(~seen_HTS, -torch.inf)
         if log_weight.dim() == 3:

@@ -92,6 +92,7 @@ class DataConfig:
     files: Any = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     order: DataOrder = DataOrder.samples  # batches: the samples that fill no last global batch are never used
+    document_mask: bool = False  # the documents of a window neither see nor predict each other
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file), or of the images
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources

@@ -11,8 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from twohop.trainer.config import DataConfig
 from twohop.trainer.data.corpus import Corpus, Document, stdlib_corpus, text_corpus
+from twohop.trainer.data.documents import DocumentWindows
 from twohop.trainer.data.hf import hf_corpus
 from twohop.trainer.data.images import IMAGES, build_image_data
 from twohop.trainer.data.multitask import build_task_data
@@ -58,9 +61,15 @@ def build_data(config: DataConfig, seq_len: int, log: Log = print) -> Data:
     tokenizer = load_tokenizer(folder)
     train, train_header = open_tokens(folder / "train")
     valid, valid_header = open_tokens(folder / "valid")
+
+    def windows(tokens: np.ndarray, split: str) -> TokenWindows:
+        if config.document_mask:
+            return DocumentWindows(tokens, seq_len, split, tokenizer.end_of_document)
+        return TokenWindows(tokens, seq_len, split)
+
     return Data(
-        train=TokenWindows(train, seq_len, "train"),
-        valid=TokenWindows(valid, seq_len, "valid"),
+        train=windows(train, "train"),
+        valid=windows(valid, "valid"),
         num_classes=tokenizer.vocab_size,
         tokenizer=tokenizer,
         fingerprint=hashlib.sha256(f"{train_header.sha256} {valid_header.sha256}".encode()).hexdigest(),

@@ -147,10 +147,15 @@ class TokenWindows:
 
     def target_entropy(self) -> float:
         """See `Samples`: the unigram entropy of the split."""
+        counts = self._count()
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log(p)).sum())
+
+    def _count(self) -> np.ndarray:
+        """How often each token is a target: int64 [vocabulary]."""
         counts = np.zeros(0, dtype=np.int64)
         for start in range(0, self.num_tokens, _COUNT_BLOCK):
             block = np.bincount(self.tokens[start : start + _COUNT_BLOCK], minlength=len(counts))
             block[: len(counts)] += counts
             counts = block
-        p = counts[counts > 0] / self.num_tokens
-        return float(-(p * np.log(p)).sum())
+        return counts
