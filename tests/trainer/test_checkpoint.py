@@ -111,6 +111,16 @@ def test_the_newest_are_kept(store: CheckpointStore) -> None:
     assert torch.equal(state["model.b"], torch.arange(5.0) * 3)
 
 
+def test_milestones_are_never_deleted(store: CheckpointStore) -> None:
+    store.keep_every = 4
+    for step in range(1, 8):
+        store.save(step, tiny_state(step), {}, "id")
+    assert names(store) == [f"step-0000000{step}" for step in (4, 6, 7)]
+    store.save(12, tiny_state(1), {}, "id")
+    store.save(13, tiny_state(1), {}, "id")
+    assert names(store) == [f"step-000000{step}" for step in ("04", "12", "13")]
+
+
 def test_without_checkpoints_there_is_nothing_to_load(store: CheckpointStore) -> None:
     assert store.latest() is None
 
@@ -182,6 +192,21 @@ def test_a_checkpoint_of_another_model_names_the_key(store: CheckpointStore) -> 
     load_tensors(checkpoint, tiny_state(0), {"model.moe.experts": [4, 8]})
     with pytest.raises(CheckpointError, match=r"was made with model\.moe\.experts=\[4, 8\], but this run has .*=\[4\]"):
         load_tensors(checkpoint, tiny_state(0), {"model.dim": 16, "model.moe.experts": [4]})
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_counts_as_its_default(store: CheckpointStore) -> None:
+    known = {"model.dim": 16, "model.encoder": None, "data.fingerprint": "a"}
+    checkpoint = store.save(1, tiny_state(1), known, "id")
+    defaults = {"model.moe.every": 2, "model.moe.residual": "none", "model.num_kv_heads": None, "model.ffn_dims": []}
+    load_tensors(checkpoint, tiny_state(0), known | defaults)
+    for key, value, default in (
+        ("model.moe.every", 3, 2),
+        ("model.moe.residual", "learned", "none"),
+        ("model.encoder.moe.every", 2, None),  # no default: it is known that there was no encoder
+        ("train.no_such_key", 1, None),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{key}={default}, but this run has {key}={value}"):
+            load_tensors(checkpoint, tiny_state(0), known | {key: value})
 
 
 def test_a_tensor_that_is_not_there_is_an_error(store: CheckpointStore) -> None:
