@@ -38,8 +38,11 @@ class Experts(nn.Module):
 
     def network(self, rows_RD: Tensor, up: LateWeight, down: LateWeight, counts_E: Sequence[int]) -> Tensor:
         """The arithmetic alone, in one dtype."""
-        h_RU = grouped_linear(rows_RD, up, counts_E)
-        return grouped_linear(activate(h_RU, self.activation), down, counts_E)
+        return grouped_linear(self.activate(grouped_linear(rows_RD, up, counts_E)), down, counts_E)
+
+    def activate(self, h_RU: Tensor) -> Tensor:
+        """[R, U] → [R, F]."""
+        return activate(h_RU, self.activation)
 
 
 class ExpertPass:

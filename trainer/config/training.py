@@ -125,9 +125,15 @@ class TrainConfig:
     global_batch: int = 16  # sequences a step
     micro_batch: int = 4  # sequences a rank pushes through the model at once
     recompute: Recompute = Recompute.none  # activation checkpointing
+    compile: bool = False  # torch.compile of attention, norms, dense networks and the experts' activation
 
     def __post_init__(self) -> None:
         require_at_least(1, "train", self, "steps", "seq_len", "global_batch", "micro_batch")
+        require(
+            not self.compile or self.recompute is not Recompute.selective,
+            "train.recompute=selective has no use with train.compile=true, which hides products from it and chooses by "
+            "itself what is made again: use recompute=none, networks or full",
+        )
 
 
 @dataclass
