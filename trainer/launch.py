@@ -1,4 +1,4 @@
-"""Worker processes: start them on this machine through torch's elastic agent, or join those of torchrun.
+"""Worker processes: start this node's through torch's elastic agent, or join those of torchrun.
 
 A worker is named as `"module:function"`, so that only the workers import it. It is called on every rank as
 `worker(config, run_dir)`, with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, …) set, and makes
@@ -7,6 +7,7 @@ its own process group. What rank 0 returns, a small dict, comes back to the call
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -24,12 +25,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from twohop.trainer import errors
+from twohop.trainer.clusters.nodes import Nodes
+from twohop.trainer.clusters.step import LOOPBACK
 from twohop.trainer.config import LaunchConfig
-from twohop.trainer.errors import ConfigError, UserError, WorkerError
+from twohop.trainer.errors import ConfigError, Interrupted, UserError, WorkerError
 
-HOST = "127.0.0.1"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, for workers that do not end by themselves
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 POLL_S = 0.05  # between two looks at how many workers have been started
 # glibc gives large blocks back to the kernel and faults them in again at every step; keeping them makes expert
 # layers about a quarter faster on the CPU. A value that the user has set wins.
@@ -47,40 +48,54 @@ def joins_outer_launcher() -> bool:
     return "RANK" in os.environ
 
 
-def world_size(config: LaunchConfig) -> int:
-    """Number of ranks that will work: the outer launcher's, or `launch.nproc`."""
-    return int(os.environ["WORLD_SIZE"]) if joins_outer_launcher() else config.nproc
+def world_size(config: LaunchConfig, nodes: Nodes | None = None) -> int:
+    """Number of ranks that will work: the outer launcher's, or `launch.nproc` on each of `nodes`, by default here."""
+    return int(os.environ["WORLD_SIZE"]) if joins_outer_launcher() else config.nproc * (nodes or Nodes()).count
 
 
-def start(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, Any]:
-    """Run `worker` on all ranks and return rank 0's result; under an outer launcher, this rank's own result.
+def start(worker: str, config: Launchable, run_dir: Path | None, nodes: Nodes | None = None) -> dict[str, Any]:
+    """Run `worker` on this node's ranks and return the first one's result; under an outer launcher, this rank's own.
 
     Args:
         worker: `"module:function"`.
         config: validated; it travels to the workers as it is.
-        run_dir: decided by the caller; None under an outer launcher, where rank 0 decides and broadcasts.
+        run_dir: decided by the caller; None where it is not the only one, so that rank 0 decides and broadcasts.
+        nodes: those that call this together; by default this one alone.
 
     Raises:
         UserError: bad input that the first failing rank has seen; its class and message are kept.
         WorkerError: anything else that ended a worker, with the rank and one traceback.
-        SystemExit: SIGINT or SIGTERM; every worker has ended by then.
+        SystemExit: a signal; every worker has ended by then. The code is 75, EX_TEMPFAIL, if they have saved a
+            checkpoint before, and 128 + number of the signal if not.
     """
     if joins_outer_launcher():
         return _join(worker, config, run_dir)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    launch = config.launch
-    with _signals_held(launch.nproc), _environment(launch), TemporaryDirectory(prefix="twohop-") as failures:
+    launch, nodes = config.launch, nodes or Nodes()
+    with _signals_held(launch.nproc, nodes), _environment(launch), TemporaryDirectory(prefix="twohop-") as failures:
         try:
-            agent = elastic_launch(_agent_config(launch), _work)
-            return agent(worker, config, run_dir, failures)[0]
+            agent = elastic_launch(_agent_config(launch, nodes), _work)
+            results = agent(worker, config, run_dir, failures)
+            return results[min(results)]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise _first_cause(Path(failures), rank, failure.exitcode) from None
+            cause = _first_cause(Path(failures), rank, failure.exitcode)
+            raise _exit_for_now(cause) if isinstance(cause, Interrupted) else cause from None
+        except RendezvousError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"the {nodes.count} nodes did not all meet at {nodes.endpoint} within comm.init_timeout_s="
+                f"{nodes.patience_s:g} ({reason}): look at what the others say, or raise it"
+            ) from None
         except SignalException as stop:
+            cause = _first_cause(Path(failures), 0, 0)
+            if isinstance(cause, Interrupted):
+                raise _exit_for_now(cause) from None
             print(f"twohop: stopped by {stop.sigval.name}", file=sys.stderr)
             raise SystemExit(128 + stop.sigval) from None
 
@@ -99,24 +114,33 @@ def check_port(port: int | None) -> None:
             ) from None
 
 
-def _agent_config(config: LaunchConfig) -> Any:
+def _agent_config(config: LaunchConfig, nodes: Nodes) -> Any:
     from torch.distributed.launcher.api import LaunchConfig as AgentConfig
 
     for name in logging.root.manager.loggerDict:  # each has a level of its own; _first_cause tells what they would
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     return AgentConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
         nproc_per_node=config.nproc,
-        run_id="twohop",
+        run_id=nodes.run_id,
         rdzv_backend="c10d",
-        rdzv_endpoint=f"{HOST}:{config.port or 0}",
-        rdzv_configs={"is_host": True},
-        local_addr=HOST,
+        rdzv_endpoint=nodes.endpoint or f"{LOOPBACK}:{config.port or 0}",
+        rdzv_configs=_rendezvous_options(nodes),
+        local_addr=nodes.own_address,
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN_S,
+        shutdown_timeout=config.grace_s,
+        signals_to_handle=",".join(number.name for number in (*STOP_SIGNALS, signal.SIGQUIT)),
     )
+
+
+def _rendezvous_options(nodes: Nodes) -> dict[str, Any]:
+    if nodes.endpoint is None:
+        return {"is_host": True}
+    patience_s = math.ceil(nodes.patience_s)
+    options = {"join_timeout": patience_s, "read_timeout": patience_s}
+    return options if nodes.is_host is None else {**options, "is_host": nodes.is_host}
 
 
 @contextmanager
@@ -132,11 +156,12 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_held(workers: int) -> Iterator[None]:
+def _signals_held(workers: int, nodes: Nodes) -> Iterator[None]:
     """Workers start with signals blocked, so that Ctrl-C amid their imports does not give a traceback from each.
 
     A blocked signal waits until `_work` lets it in. Here, it waits until all workers are started and the agent can end
     them; then a thread opens itself to signals, and Python runs their handlers in the main thread all the same.
+    So it does while no worker is there because other nodes have yet to come, which may take long.
     The agent installs handlers and leaves them: the usual ones come back.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -144,8 +169,9 @@ def _signals_held(workers: int) -> Iterator[None]:
     done = threading.Event()
 
     def open_to_signals() -> None:
-        while len(multiprocessing.active_children()) < workers and not done.wait(POLL_S):
-            pass
+        while (started := len(multiprocessing.active_children())) < workers and not done.wait(POLL_S):
+            waits = nodes.count > 1 and started == 0
+            signal.pthread_sigmask(signal.SIG_UNBLOCK if waits else signal.SIG_BLOCK, STOP_SIGNALS)
         done.wait(POLL_S)  # the agent takes note of the last worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         done.wait()
@@ -188,6 +214,8 @@ def _join(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, An
     """Be one rank of an outer launcher; torchrun tells at the end which rank failed first, and why."""
     try:
         return _resolve(worker)(config, run_dir)
+    except Interrupted as stop:
+        raise _exit_for_now(stop if os.environ["RANK"] == "0" else None) from None
     except Exception as error:
         rank, text = os.environ["RANK"], traceback.format_exc()
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -200,6 +228,13 @@ def _join(worker: str, config: Launchable, run_dir: Path | None) -> dict[str, An
         if rank != "0":
             raise WorkerError(f"rank {rank}: {error}") from None
         raise
+
+
+def _exit_for_now(stop: Interrupted | None) -> SystemExit:
+    """The end of a process that is to be started again; says why, if it is the one that speaks to the terminal."""
+    if stop is not None:
+        print(f"twohop: {stop}", file=sys.stderr, flush=True)
+    return SystemExit(os.EX_TEMPFAIL)
 
 
 def _resolve(worker: str) -> Any:
@@ -217,6 +252,8 @@ def _first_cause(failures: Path, rank: int, exitcode: int) -> Exception:
     for record in records:
         if record["is_user_error"]:
             return getattr(errors, record["kind"], UserError)(record["message"])
+        if record["kind"] == Interrupted.__name__:
+            return Interrupted(record["message"])
     if exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""

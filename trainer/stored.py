@@ -7,7 +7,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from twohop.trainer.app import run_app
-from twohop.trainer.config import Config, DistillConfig, InitConfig
+from twohop.trainer.clusters.nodes import find_nodes
+from twohop.trainer.config import ClusterConfig, Config, DistillConfig, InitConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.launch import start, world_size
 from twohop.trainer.run_folder import read_config
@@ -40,10 +41,12 @@ def run_stored(
     def task(config: Config, sweep_dir: Path | None) -> float | None:
         config.init = InitConfig()  # its weights are in the checkpoint
         config.distill = DistillConfig()  # a teacher teaches in training alone, and may be gone by now
+        config.cluster = ClusterConfig()  # where it was trained is no matter here
         if check is not None:
             check(config)
-        validate(config, world_size(config.launch), training=False)
-        return start(worker, config, run_dir).get("valid_loss")
+        nodes = find_nodes(config)
+        validate(config, world_size(config.launch, nodes), training=False)
+        return start(worker, config, run_dir, nodes).get("valid_loss")
 
     return run_app(command, schema, overrides, task)
 

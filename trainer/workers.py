@@ -35,7 +35,7 @@ from twohop.trainer.world import gather_objects, join_world, leave_world, rank, 
 
 
 def train(config: Config, directory: Path | None) -> dict[str, Any]:
-    """Train, evaluate, sample and report. Returns the summary on rank 0, and {} on the others."""
+    """Train, evaluate, sample and report. Returns the summary, the same on every rank."""
     with _world(config) as device:
         run = set_up(config, _open_run(config, directory), device)
         first_step, tracker_id = _restore(run) if config.resume else _start_fresh(run)
@@ -49,13 +49,14 @@ def train(config: Config, directory: Path | None) -> dict[str, Any]:
                 valid = train_model(run, first_step, tracker_id, writer, progress)
                 progress.print("")
             sample = sample_text(run)
-            if writer is None:
-                return {}
-            summary = _summary(run, valid, sample)
-            write_summary(run.directory, summary)
-            writer.close(summary)
-        _tell(run, summary, write_report(run.directory))
-        return summary
+            summary = {}
+            if writer is not None:
+                summary = _summary(run, valid, sample)
+                write_summary(run.directory, summary)
+                writer.close(summary)
+        if rank() == 0:
+            _tell(run, summary, write_report(run.directory))
+        return gather_objects(summary)[0]  # rank 0 may be on any node, and a sweep's answer comes from the first
 
 
 def evaluate(config: Config, directory: Path) -> dict[str, Any]:

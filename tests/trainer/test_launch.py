@@ -111,7 +111,7 @@ def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
 
 def test_taken_port_is_refused():
     with launch.socket.socket() as taken:
-        taken.bind((launch.HOST, 0))
+        taken.bind((launch.LOOPBACK, 0))
         taken.listen()
         with pytest.raises(ConfigError, match=r"launch\.port=\d+ cannot be used \(Address already in use\): choose"):
             launch.check_port(taken.getsockname()[1])
@@ -142,7 +142,7 @@ def test_under_an_outer_launcher_the_worker_runs_in_this_process(tmp_path, monke
 
 def free_port() -> int:
     with launch.socket.socket() as probe:
-        probe.bind((launch.HOST, 0))
+        probe.bind((launch.LOOPBACK, 0))
         return probe.getsockname()[1]
 
 
