@@ -24,15 +24,16 @@ from twohop.models.flops import training_flops
 from twohop.trainer.checkpoint import CheckpointStore, load_tensors
 from twohop.trainer.compiling import compile_regions
 from twohop.trainer.config import CommConfig, Config, DataOrder
-from twohop.trainer.data import Data, build_data
+from twohop.trainer.data import Data, Loader, build_data
 from twohop.trainer.distill import Teacher, teacher_config
 from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
+from twohop.trainer.fp8 import use_fp8_experts
 from twohop.trainer.objective import Objective
 from twohop.trainer.recompute import recompute_activations
 from twohop.trainer.run_folder import CHECKPOINTS
 from twohop.trainer.state import model_tensors
-from twohop.trainer.world import leader_first, say, sum_over_world, time_exchanges
+from twohop.trainer.world import leader_first, rank, say, sum_over_world, time_exchanges, world_size
 
 COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder
 
@@ -61,6 +62,11 @@ class Run:
     def flops_per_target(self) -> float | None:
         """See `training_flops`."""
         return training_flops(self.config.model, self.config.train.seq_len)
+
+    @cached_property
+    def loader(self) -> Loader:
+        """This rank's training data; whoever takes steps from it closes it."""
+        return Loader(self.config, self.data, self.device, rank(), world_size())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name."""
@@ -138,6 +144,8 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
     checkpoints = CheckpointStore(
         directory / CHECKPOINTS, config.checkpoint.keep, say, config.checkpoint.keep_every
     )
+    if config.engine.fp8_experts:
+        use_fp8_experts(model)
     if config.train.compile:
         compile_regions(model)
     recompute_activations(model, config.train.recompute)

@@ -45,6 +45,7 @@ class EngineConfig:
     precision: Precision = Precision.fp32
     reshard_after_forward: bool = True  # fsdp: free gathered parameters until backward; false: faster, more memory
     zero_stage: int | None = None  # deepspeed: 0, 1 (moments are shared out) or 2 (so are gradients); null: 1
+    fp8_experts: bool = False  # experts' products in fp8 while training; H100 and newer
 
     def __post_init__(self) -> None:
         for key, engine in (("reshard_after_forward", "fsdp"), ("zero_stage", "deepspeed")):
@@ -59,6 +60,10 @@ class EngineConfig:
             "or engine=fsdp, which shares out parameters too",
         )
         require(self.zero_stage in (None, 0, 1, 2), f"engine.zero_stage={self.zero_stage}: use 0, 1 or 2")
+        require(
+            not self.fp8_experts or self.precision is not Precision.fp32,
+            "engine.fp8_experts=true has bf16 results, but engine.precision=fp32: add engine.precision=bf16",
+        )
         if self.name == "deepspeed" and self.zero_stage is None:
             self.zero_stage = 1
 
