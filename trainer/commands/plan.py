@@ -21,7 +21,7 @@ def plan(config: PlanConfig, sweep_dir: Path | None) -> float:
     from twohop.comm.wire import FORMATS
     from twohop.trainer.plan.hardware import GPUS
     from twohop.trainer.plan.report import as_dict, show
-    from twohop.trainer.plan.search import replay, search
+    from twohop.trainer.plan.search import layouts, micro_batches, replay, search
     from twohop.trainer.plan.shape import model_shape
     from twohop.trainer.plan.steptime import Timer
     from twohop.trainer.validate import check_name
@@ -34,6 +34,7 @@ def plan(config: PlanConfig, sweep_dir: Path | None) -> float:
         measured = CostModel.load(Path(config.cost_file).expanduser()) if config.cost_file else None
     except ValueError as error:
         raise ConfigError(f"cost_file: {error}") from None
+    micro_batches(config), layouts(config)  # what cannot be is refused before the work begins
     model = replace(config.model, vocab_size=config.model.vocab_size or config.vocab_size)
     timer = Timer(config, model_shape(model, config.seq_len or model.max_seq_len, config.precision), measured)
     found = search(timer)

@@ -15,11 +15,6 @@ from twohop.trainer.plan.search import Candidate, Found
 from twohop.trainer.plan.steptime import Timer
 
 LEVELS = ("between nodes", "inside node")
-ASSUMED = """\
-assumed: uniform routing; ranks in step; a node has {nics} cards of {gbps:g} Gbit/s, a GPU a port of {link:.0f} GB/s inside
-it, each used in full; a message takes {message:g} µs of a processor and {latency:g} µs on its way between nodes; matrix
-products reach {efficiency:.0%} of {peak:.0f} TFLOP/s; AdamW; gradients are summed after the last backward pass (ddp, zero),
-or beside the arithmetic of dense parts (fsdp). comm=auto fits the same cost model to the machines at hand."""
 WIDTH = 118  # where the terminal does not say
 
 
@@ -71,7 +66,7 @@ def _traffic(timer: Timer, best: Candidate, simulated: Sequence[Simulated]) -> d
 def show(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> None:
     """Print the plan."""
     console, values, best = _console(), as_dict(timer, found, simulated), found.best
-    cluster, gpu = timer.config.cluster, timer.gpu
+    cluster = timer.config.cluster
     print(
         f"{timer.shape.config.name}: {timer.shape.total:,} parameters, {timer.shape.active:,} used by a token; "
         f"{cluster.nodes} nodes × {cluster.gpus_per_node} {cluster.gpu}, {timer.config.global_batch} × {timer.seq_len} "
@@ -80,17 +75,21 @@ def show(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> None:
     console.print(_memory_table(timer, found))
     console.print(_time_table(timer, values, best))
     console.print(_choice_table(timer, found))
-    print(
-        ASSUMED.format(
-            nics=cluster.nics_per_node or cluster.gpus_per_node,
-            gbps=cluster.inter_gbps,
-            link=gpu.link_bytes_s / 1e9,
-            message=cluster.message_us,
-            latency=cluster.latency_us,
-            efficiency=cluster.efficiency,
-            peak=timer.peak_flops / 1e12,
-        )
+    print(_assumed(timer))
+
+
+def _assumed(timer: Timer) -> str:
+    cluster, gpu = timer.config.cluster, timer.gpu
+    cards = cluster.nics_per_node or cluster.gpus_per_node
+    sentences = (
+        f"a node has {cards} cards of {cluster.inter_gbps:g} Gbit/s, a GPU a port of {gpu.link_bytes_s / 1e9:.0f} GB/s "
+        "inside it, each used in full",
+        f"a message between nodes takes {cluster.message_us:g} µs of a processor and {cluster.latency_us:g} µs on its way",
+        f"matrix products reach {cluster.efficiency:.0%} of {timer.peak_flops / 1e12:.0f} TFLOP/s",
+        "gradients are summed after the last backward pass (ddp, zero), or beside dense arithmetic (fsdp)",
+        "AdamW; uniform routing; ranks in step",
     )
+    return "assumed:\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _console() -> Console:

@@ -8,6 +8,7 @@ from typing import Any
 
 from twohop.comm.shipment import Shipment
 from twohop.comm.simulate import Simulated, simulate
+from twohop.trainer.config.plan import PlanConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.plan.hardware import GIB
 from twohop.trainer.plan.memory import Memory, memory_of
@@ -39,8 +40,7 @@ class Candidate:
 def candidates(timer: Timer) -> Iterator[Candidate]:
     """All that divides evenly, whether it fits into memory or not."""
     config, shape = timer.config, timer.shape
-    sizes = sorted({layer.num_experts for layer in shape.layers})
-    for micro_batch, ep_sizes in product(micro_batches(timer), layouts(timer, sizes)):
+    for micro_batch, ep_sizes in product(micro_batches(config), layouts(config)):
         accumulation = config.global_batch // (micro_batch * config.cluster.world)
         ways = tuple(timer.ways(layer, ep, micro_batch)[0] for layer, ep in zip(shape.layers, ep_sizes, strict=True))
         experts_s = accumulation * sum(way.experts_s for way in ways)
@@ -75,9 +75,12 @@ def _crossings(way: Way) -> float:
     return 4 * way.work.tokens * way.work.top_k * way.work.row_bytes
 
 
-def micro_batches(timer: Timer) -> list[int]:
-    """Those that make a global batch with the same number of micro-batches on every rank."""
-    config, world = timer.config, timer.config.cluster.world
+def micro_batches(config: PlanConfig) -> list[int]:
+    """Those that make a global batch with the same number of micro-batches on every rank.
+
+    Raises ConfigError if there is none.
+    """
+    world = config.cluster.world
     fitting = [size for size in config.micro_batches if config.global_batch % (size * world) == 0]
     if not fitting:
         raise ConfigError(
@@ -87,22 +90,27 @@ def micro_batches(timer: Timer) -> list[int]:
     return fitting
 
 
-def layouts(timer: Timer, sizes: list[int]) -> Iterator[tuple[int, ...]]:
-    """EP sizes of all MoE layers; layers of equal numbers of experts have the same, unless they are given."""
-    config, layers, world = timer.config, timer.shape.layers, timer.config.cluster.world
+def layouts(config: PlanConfig) -> list[tuple[int, ...]]:
+    """EP sizes of all MoE layers; layers of equal numbers of experts have the same, unless they are given.
+
+    Raises ConfigError if those that are given do not divide the ranks and the experts.
+    """
+    layers, world = config.model.experts_by_layer, config.cluster.world
     if config.ep_size:
         given = config.ep_size * len(layers) if len(config.ep_size) == 1 else config.ep_size
-        for layer, ep_size in zip(layers, given, strict=True):
-            if ep_size < 1 or world % ep_size or layer.num_experts % ep_size:
+        for experts, ep_size in zip(layers, given, strict=True):
+            if ep_size < 1 or world % ep_size or experts % ep_size:
                 raise ConfigError(
-                    f"ep_size={ep_size} does not divide both the {world} ranks and the {layer.num_experts} experts of "
-                    f"a layer: use one of {_divisors(math.gcd(world, layer.num_experts))}, or null"
+                    f"ep_size={ep_size} does not divide both the {world} ranks and the {experts} experts of "
+                    f"a layer: use one of {_divisors(math.gcd(world, experts))}, or null"
                 )
-        yield tuple(given)
-        return
+        return [tuple(given)]
+    sizes = sorted(set(layers))
+    found = []
     for chosen in product(*(_divisors(math.gcd(size, world)) for size in sizes)):
         of_size = dict(zip(sizes, chosen, strict=True))
-        yield tuple(of_size[layer.num_experts] for layer in layers)
+        found.append(tuple(of_size[experts] for experts in layers))
+    return found
 
 
 def _divisors(number: int) -> list[int]:
