@@ -8,6 +8,7 @@ targets, and gradients are summed over ranks. So a step means the same on any nu
 
 import hashlib
 import math
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ import torch
 from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
 from twohop.models.layer_drop import drop_layers
-from twohop.trainer.data import step_numbers
 from twohop.trainer.errors import Interrupted, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
 from twohop.trainer.interruption import noting_stop_signals
@@ -26,7 +26,6 @@ from twohop.trainer.saver import Saver
 from twohop.trainer.schedule import lr_factor
 from twohop.trainer.setup import Run
 from twohop.trainer.totals import StepTotals
-from twohop.trainer.world import rank, world_size
 
 
 def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | None, progress: Progress) -> Evaluation:
@@ -42,7 +41,7 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
     """
     config, steps = run.config, run.config.train.steps
     valid, saver = None, Saver(run, tracker_id)
-    with noting_stop_signals() as stop:
+    with noting_stop_signals() as stop, closing(run.loader):
         for step in range(first_step, steps):
             done = step + 1
             with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
@@ -83,32 +82,28 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
 
 def _accumulate(run: Run, step: int) -> tuple[StepTotals, int]:
     """Gradients of this rank's micro-batches; returns what they measured, and the targets of the global batch."""
-    config, samples, micro_size = run.config, run.data.train, run.config.train.micro_batch
-    micro_batches = config.train.global_batch // micro_size
+    config = run.config
     with run.clock.phase("data"):
-        numbers = step_numbers(config.data.order, config.seed, step, config.train.global_batch, len(samples))
-        global_targets = samples.num_targets(numbers)
+        data = run.loader.step(step)
     run.model.train()
     drop_layers(run.model, config.seed, step)
     run.meter.reset()
     totals = StepTotals([name for name, _ in run.model.moe_layers()])
-    own_micro_batches = range(rank(), micro_batches, world_size())
-    for index in own_micro_batches:
-        seed_noise(config.seed, step * micro_batches + index)
-        own = numbers[index * micro_size : (index + 1) * micro_size]
+    for micro in data.micro_batches:
+        seed_noise(config.seed, micro.number)
         with run.clock.phase("data"):
-            batch = samples.batch(own).to(run.device)
+            batch = micro.load().to(run.device)
         try:
             with run.clock.phase("forward"), run.engine.autocast():
                 output = run.model(**batch.inputs)
-                parts = run.objective(batch, output, samples.num_targets(own), step / config.train.steps)
+                parts = run.objective(batch, output, micro.targets, step / config.train.steps)
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
-        last = index == own_micro_batches[-1]
+        last = micro is data.micro_batches[-1]
         with run.clock.phase("backward"):
-            run.engine.backward(torch.stack(list(parts.values())).sum() / global_targets, last)
+            run.engine.backward(torch.stack(list(parts.values())).sum() / data.targets, last)
         totals.add(parts, output.moe)
-    return totals, global_targets
+    return totals, data.targets
 
 
 def _diverged(run: Run, step: int, what: str) -> UserError:

@@ -15,7 +15,8 @@ import torch
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, write_corpus
-from twohop.trainer import interruption, loop, workers
+from twohop.trainer import interruption, workers
+from twohop.trainer.data import loader
 from twohop.trainer.errors import Interrupted
 from twohop.trainer.interruption import noting_stop_signals
 from twohop.trainer.metrics import read_metrics
@@ -26,7 +27,7 @@ LENGTHS = ["train.steps=8", "eval.every=2", "checkpoint.every=3"]
 
 def signal_amid(step: int, culprit: int, number: signal.Signals) -> None:
     """From now on, rank `culprit` gets the signal in the middle of `step`, counted from 0."""
-    read = loop.step_numbers
+    read = loader.step_numbers
 
     def read_and_signal(order: Any, seed: int, at: int, *sizes: int) -> list[int]:
         if (at, rank()) == (step, culprit):
@@ -34,12 +35,12 @@ def signal_amid(step: int, culprit: int, number: signal.Signals) -> None:
             time.sleep(0.2)  # the thread that sees signals needs a moment
         return read(order, seed, at, *sizes)
 
-    loop.step_numbers = read_and_signal
+    loader.step_numbers = read_and_signal
 
 
 def stop(directory: Path, overrides: list[str]) -> str:
     """Train until a signal to rank 1 alone, amid step 4, ends it."""
-    read, handler = loop.step_numbers, signal.getsignal(signal.SIGUSR1)
+    read, handler = loader.step_numbers, signal.getsignal(signal.SIGUSR1)
     signal_amid(3, 1, signal.SIGUSR1)
     try:
         workers.train(tiny_config(directory, *overrides), None)
@@ -47,7 +48,7 @@ def stop(directory: Path, overrides: list[str]) -> str:
     except Interrupted as stopped:
         return str(stopped)
     finally:
-        loop.step_numbers = read
+        loader.step_numbers = read
         assert signal.getsignal(signal.SIGUSR1) is handler
 
 

@@ -93,6 +93,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     order: DataOrder = DataOrder.samples  # batches: the samples that fill no last global batch are never used
     document_mask: bool = False  # the documents of a window neither see nor predict each other
+    prefetch: int | None = None  # steps whose batches a thread makes ahead; null: 1 on a GPU, 0 on the CPU
     valid_fraction: float = 0.05  # of the files (of the bytes, if there is only one file), or of the images
     max_mib: float | None = None  # use at most this much text
     cache_dir: str = "~/.cache/twohop"  # token files are kept here, named by a fingerprint of their sources
@@ -109,6 +110,7 @@ class DataConfig:
             self.max_mib is None or self.max_mib > 0,
             f"data.max_mib={self.max_mib}: use a positive number of MiB, or null for all text",
         )
+        require(self.prefetch is None or self.prefetch >= 0, f"data.prefetch={self.prefetch}: use 0 or more, or null")
         for key, what in (("multitask", "tasks"), ("hf", "keys")):
             value, wanted = getattr(self, key), self.source == key
             require(

@@ -9,6 +9,7 @@ from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.trainer.data.build import Data, build_data, prepare
+    from twohop.trainer.data.loader import Loader
     from twohop.trainer.data.order import sample_index, sample_numbers, step_numbers
     from twohop.trainer.data.samples import IGNORED, Batch, Samples
     from twohop.trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +19,7 @@ _HOME = {
     "Data": "build",
     "build_data": "build",
     "prepare": "build",
+    "Loader": "loader",
     "TokenWindows": "tokens",
     "IGNORED": "samples",
     "Batch": "samples",
@@ -32,6 +34,7 @@ __all__ = [
     "IGNORED",
     "Batch",
     "Data",
+    "Loader",
     "Samples",
     "TokenWindows",
     "Tokenizer",
