@@ -30,8 +30,8 @@ def use_fp8_experts(model: MoEModel) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         wanted = ".".join(map(str, CAPABILITY))
         raise ConfigError(
-            f"engine.fp8_experts=true needs a GPU of compute capability {wanted} or more (H100), which {device} is not: "
-            "leave it out"
+            f"engine.fp8_experts=true needs a GPU of compute capability {wanted} or more (H100), which {device} is "
+            "not: leave it out"
         )
     for module in model.modules():
         if isinstance(module, Experts):
