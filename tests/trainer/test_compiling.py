@@ -49,7 +49,7 @@ def test_there_are_no_breaks_and_few_graphs(tmp_path: Path, attention: list[str]
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
     assert not counters["graph_break"]
     # Norm, attention, activation, and dense networks, of which the tiny model has three kinds. It has four blocks.
-    assert counters["stats"]["unique_graphs"] <= 6
+    assert 3 <= counters["stats"]["unique_graphs"] <= 6
     seen = counters["stats"]["unique_graphs"]
     loss_of(model.train(), batch(0, 1)).backward()  # another number of rows at each expert
     loss_of(model.eval(), batch(0, 1)[:1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from tests.distributed import run_distributed
+from tests.models.test_encoder_decoder import inputs, is_target, make_config, side
 from tests.tiny import tiny_config
 from tests.trainer.test_engine import batch, whole
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
@@ -103,7 +104,6 @@ def peak_bytes(directory: Path, mode: Recompute) -> int:
 
 def test_each_mode_needs_less_memory_than_the_last(tmp_path: Path) -> None:
     peaks = [peak_bytes(tmp_path, mode) for mode in Recompute]
-    print(peaks)
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < peaks[0] / 2
 
@@ -136,3 +136,37 @@ def test_losses_of_attention_are_not_left_behind_by_a_repetition(tmp_path: Path)
         assert model.attention_losses() == {}
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert all(torch.equal(a, b) for ours in gradients for a, b in zip(ours, gradients[0], strict=True))
+
+
+def test_an_encoder_decoder_has_the_same_gradients(tmp_path: Path) -> None:
+    config = make_config(side("sentence", shared_ffn_dim=16), side("task"))
+    gradients = []
+    for mode in Recompute:
+        model = build_model(config)
+        init_weights(model, 0)
+        recompute_activations(model, mode)
+        output = model.train()(**inputs())
+        (output.logits[is_target()].square().sum() + output.moe[0].losses.get("load_balance", 0)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(a, b) for ours in gradients for a, b in zip(ours, gradients[0], strict=True))
+
+
+def test_a_cached_plan_is_followed_twice(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "model.moe.cache.enabled=true", "data.order=batches")
+    told = []
+    for mode in (Recompute.none, Recompute.full):
+        model = build_model(config.model)
+        init_weights(model, 0)
+        recompute_activations(model, mode)
+        for _, layer in model.moe_layers():
+            assert layer.cache is not None
+            layer.cache.in_use = True
+        for _ in range(2):  # the second pass follows the plans of the first
+            torch.manual_seed(0)
+            ids_BT1 = batch(0, 0)
+            output = model.train()(ids_BT1[:, :-1], sample_B=torch.arange(len(ids_BT1)))
+            model.zero_grad()
+            cross_entropy_sum(output.logits, ids_BT1[:, 1:]).backward()
+        assert all(stats.replayed for stats in output.moe)
+        told.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*told, strict=True))
