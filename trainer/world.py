@@ -13,8 +13,13 @@ from twohop.comm import CommError, PhaseClock
 from twohop.comm.clock import EXPOSED
 from twohop.trainer.config import CommConfig
 from twohop.trainer.errors import UserError
+from twohop.trainer.meeting import meet
 
 T = TypeVar("T")
+
+# The last collectives are kept in memory, and written down when NCCL's watchdog finds one that takes too long; see
+# `twohop.trainer.faults`. A value that the user has set wins.
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 _clock = PhaseClock()  # of this process; what it measures matters to a run alone
 
@@ -39,13 +44,15 @@ def join_world(config: CommConfig) -> torch.device:
     patience = timedelta(seconds=config.init_timeout_s)
     try:
         store, own_rank, num_ranks = next(dist.rendezvous("env://", timeout=patience))
-        _await_all(store, own_rank, num_ranks, patience)
+        store = meet(store, own_rank, num_ranks, patience)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise UserError(
             f"rank {os.environ['RANK']} could not meet the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within comm.init_timeout_s={config.init_timeout_s}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    for key, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(key, value)
     dist.init_process_group(
         "nccl" if use_gpu else "gloo",
         store=store,
@@ -55,19 +62,6 @@ def join_world(config: CommConfig) -> torch.device:
         device_id=device if use_gpu else None,
     )
     return device
-
-
-def _await_all(store: dist.Store, own_rank: int, num_ranks: int, patience: timedelta) -> None:
-    store.set(f"joined/{own_rank}", "")
-    keys = [f"joined/{peer}" for peer in range(num_ranks)]
-    try:
-        store.wait(keys, patience)
-    except dist.DistStoreError:
-        absent = [peer for peer, key in enumerate(keys) if not store.check([key])]
-        raise UserError(
-            f"ranks {absent} of {num_ranks} did not start within comm.init_timeout_s={patience.total_seconds():g}: "
-            "look at their logs, or raise comm.init_timeout_s"
-        ) from None
 
 
 def leader_first(make: Callable[[], T], patience_s: float) -> T:
