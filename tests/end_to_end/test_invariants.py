@@ -7,13 +7,15 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
-from tests.tiny import write_corpus
+from tests.tiny import ENGINES, write_corpus
 from twohop.comm import CostModel
 from twohop.comm.cost import LevelCost
 from twohop.trainer.errors import UserError
 
+Result = tuple[runs.Curve, dict[str, torch.Tensor]]
 
-def curves(directory: Path, nproc: int, *overrides: str) -> list[tuple[runs.Curve, dict[str, torch.Tensor]]]:
+
+def curves(directory: Path, nproc: int, *overrides: str) -> list[Result]:
     return run_distributed(runs.curve, nproc, directory, overrides, init=False)
 
 
@@ -25,9 +27,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_process(directory: Path) -> runs.Curve:
+def reference_run(directory: Path) -> Result:
     """Four micro-batches a step, accumulated; all experts here."""
-    reference, _ = curves(directory, 1)[0]
+    (result,) = run_distributed(runs.whole_curve, 1, directory, (), init=False, timeout=180)
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_process(reference_run: Result) -> runs.Curve:
+    reference, _ = reference_run
     assert len(reference) == 20
     losses = [loss for loss, _ in reference]
     assert losses[-1] < losses[0] - 0.5  # it learns: agreement below is not agreement on noise
@@ -47,16 +55,24 @@ def one_process(directory: Path) -> runs.Curve:
         (1, "1", "fsdp"),
         (2, "1", "fsdp"),
         (4, "[2,4]", "fsdp"),
+        (4, "[2,1]", "zero-0"),
+        (2, "2", "zero-1"),
+        (1, "1", "zero-2"),
+        (4, "[2,4]", "zero-2"),
     ],
 )
-def test_loss_and_gradient_norm_do_not_depend_on_the_world(
-    directory: Path, one_process: runs.Curve, nproc: int, ep_size: str, engine: str
+def test_loss_gradient_norm_and_weights_do_not_depend_on_the_world(
+    directory: Path, reference_run: Result, one_process: runs.Curve, nproc: int, ep_size: str, engine: str
 ) -> None:
-    found = curves(directory, nproc, f"comm.ep_size={ep_size}", f"engine.name={engine}")
+    overrides = (f"comm.ep_size={ep_size}", *ENGINES[engine])
+    found = run_distributed(runs.whole_curve, nproc, directory, overrides, init=False, timeout=180)
     for curve, _ in found:
         assert curve == found[0][0]  # all ranks report the same bits
     for step, (ours, theirs) in enumerate(zip(found[0][0], one_process, strict=True)):
         assert ours == pytest.approx(theirs, rel=1e-5), f"step {step}"
+    for name, weights in reference_run[1].items():
+        off = torch.linalg.vector_norm(found[0][1][name] - weights)
+        assert off <= 1e-5 * torch.linalg.vector_norm(weights), name
 
 
 def test_dispatchers_agree_to_the_bit(directory: Path) -> None:

@@ -57,6 +57,16 @@ def test_stored_configuration_gives_the_same_objects_again():
         (lambda: DataConfig(max_mib=0), r"data\.max_mib=0"),
         (lambda: c.TokenizerConfig(kind=c.TokenizerKind.file), r"data\.tokenizer\.file is not set"),
         (lambda: c.TokenizerConfig(file="t.json"), r"data\.tokenizer\.file=t\.json has no use with kind=bytes"),
+        (
+            lambda: c.EngineConfig(zero_stage=1),
+            r"engine\.zero_stage=1 has no use with engine=ddp: add engine=deepspeed",
+        ),
+        (lambda: c.EngineConfig(name="deepspeed", zero_stage=3), r"zero_stage=3: .*use zero_stage=2, or engine=fsdp"),
+        (lambda: c.EngineConfig(name="deepspeed", zero_stage=-1), r"engine\.zero_stage=-1: use 0, 1 or 2"),
+        (
+            lambda: c.EngineConfig(name="deepspeed", reshard_after_forward=False),
+            r"engine\.reshard_after_forward=False has no use with engine=deepspeed",
+        ),
         (lambda: c.OptimConfig(lr=0), r"optim\.lr=0"),
         (lambda: c.OptimConfig(betas=[0.9]), r"optim\.betas=\[0\.9\]"),
         (lambda: c.OptimConfig(betas=[0.9, 1.0]), r"optim\.betas="),

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+import deepspeed.comm.comm
 import torch
 import torch.distributed as dist
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
@@ -69,8 +71,7 @@ class DeepSpeedEngine(TorchEngine):
             for parameter in self.model.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        with exchanging("gradients"):
-            self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> float:
         """See `Engine`."""
@@ -80,8 +81,7 @@ class DeepSpeedEngine(TorchEngine):
             set_learning_rate(self.optimizer, lr_factor)
             if self.stage:
                 self.zero.refresh_fp32_params()  # whoever filled the parameters knows nothing of DeepSpeed's copy
-            with exchanging("updated weights"):
-                self.engine.step()
+            self.engine.step()
         else:
             self._drop_gradients()
         return norm
@@ -102,9 +102,7 @@ class DeepSpeedEngine(TorchEngine):
         for name, parameter, state, flat in self._states():
             for key, value in state.items():
                 if value.shape == flat.shape:
-                    with exchanging("optimizer state"):
-                        whole = safe_get_full_optimizer_state(parameter, key)
-                    value = self._share(name, whole)
+                    value = self._share(name, safe_get_full_optimizer_state(parameter, key))
                 tensors[f"optim.{name}.{key}"] = value
         return tensors
 
@@ -165,6 +163,20 @@ def _group_name(topology: Topology) -> str:
     return f"ep_size_{topology.ep_size}"
 
 
+class _Backend(TorchBackend):
+    """DeepSpeed's exchanges as ours: an error says what was exchanged, and the time counts as communication."""
+
+    def all_reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """Sums of gradients, and fragments put together."""
+        with exchanging("DeepSpeed's sums"):
+            return super().all_reduce(*args, **kwargs)
+
+    def all_gather_into_tensor(self, *args: Any, **kwargs: Any) -> Any:
+        """Updated weights."""
+        with exchanging("updated weights"):
+            return super().all_gather_into_tensor(*args, **kwargs)
+
+
 def _join_world() -> None:
     """Let DeepSpeed use the world that there is."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -172,7 +184,7 @@ def _join_world() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
     os.environ.setdefault("LOCAL_RANK", "0")
     open_world_of_one()
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    deepspeed.comm.comm.cdb = _Backend(dist.get_backend(), timeout=None, init_method=None)
 
 
 def _share_groups(model: MoEModel) -> None:
