@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -156,38 +158,51 @@ def test_a_text_longer_than_the_context_is_refused(tmp_path: Path) -> None:
 # Interruptions
 
 
-def kill_a_worker_after(step: int, process: subprocess.Popen, run_dir: Path) -> None:
-    """SIGKILL to one of the run's workers, in the middle of some step after `step`."""
-    deadline = time.monotonic() + 60
+def wait_for_step(step: int, process: subprocess.Popen, run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
     while len(train_steps(run_dir) if (run_dir / "metrics.jsonl").exists() else []) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def kill_a_worker(process: subprocess.Popen) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[1].kill()
 
 
-def test_a_killed_run_continues_to_the_bit(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_and_then_stopped_continues_to_the_bit(tmp_path: Path) -> None:
+    """SIGKILL to a worker, SIGTERM to the process that the user has started."""
     write_corpus(tmp_path)
-    lengths = ["train.steps=40", "checkpoint.every=5"]
+    lengths = ["train.steps=60", "checkpoint.every=5"]
     whole = tmp_path / "unbroken"
     run_distributed(runs.train_run, 2, tmp_path, [*lengths, f"run.dir={whole}"], init=False)
 
     broken = tmp_path / "run"
     process = subprocess.Popen(command(tmp_path, *lengths), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    kill_a_worker_after(12, process, broken)
+    wait_for_step(12, process, broken)
+    kill_a_worker(process)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "ended by SIGKILL" in output.splitlines()[-1]
-    assert len(train_steps(broken)) < 40
+    assert len(train_steps(broken)) < 60
 
-    resumed = subprocess.run(
-        command(tmp_path, *lengths, "resume=auto"), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "continuing from step" in resumed.stdout
+    lengths += ["resume=auto"]
+    resumed = subprocess.Popen(command(tmp_path, *lengths), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(20, resumed, broken)
+    resumed.send_signal(signal.SIGTERM)
+    output, _ = resumed.communicate(timeout=120)
+    assert "continuing from step" in output
+    last = output.splitlines()[-1]
+    stopped = re.fullmatch("twohop: stopped by SIGTERM after step ([0-9]+), which is saved: add resume=auto", last)
+    assert stopped, output
+    assert resumed.returncode == os.EX_TEMPFAIL
+    assert len(train_steps(broken)) == int(stopped[1]) < 60
+    assert int(max(os.listdir(broken / "checkpoints"))[-8:]) == int(stopped[1])
+
+    run_distributed(runs.train_run, 2, tmp_path, lengths, init=False, timeout=120)
     assert train_steps(broken) == train_steps(whole)
     assert read_summary(broken)["valid_loss"] == read_summary(whole)["valid_loss"]
 
