@@ -18,8 +18,10 @@ from twohop.comm.diagnose import announce_failure
 from twohop.models.layer_drop import drop_layers
 from twohop.trainer.errors import Interrupted, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
+from twohop.trainer.faults import recording_faults
 from twohop.trainer.interruption import noting_stop_signals
 from twohop.trainer.metrics import MetricsWriter
+from twohop.trainer.profile import profiling
 from twohop.trainer.progress import Progress
 from twohop.trainer.resources import resources_of_world
 from twohop.trainer.saver import Saver
@@ -41,14 +43,22 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
     """
     config, steps = run.config, run.config.train.steps
     valid, saver = None, Saver(run, tracker_id)
-    with noting_stop_signals() as stop, closing(run.loader):
+    with (
+        recording_faults(run),
+        profiling(run, first_step) as profile_step,
+        noting_stop_signals() as stop,
+        closing(run.loader),
+    ):
         for step in range(first_step, steps):
             done = step + 1
             with announce_failure(run.topology, f"step {done}"):  # so that ranks that wait for this one hear of it
                 record = train_step(run, step)
+            profile_step()
             progress.update(done, record["loss"], record["targets_per_s"])
             if writer is not None:
                 writer.log(done, record)
+            if (moved := run.placement.after_step(done)) is not None and writer is not None:
+                writer.log(done, moved, kind="placement")
             if _is_due(done, config.eval.every, steps):
                 valid = evaluate(run)
                 if writer is not None:
@@ -59,7 +69,7 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
                 saver.save(done)
             if stopped_by:
                 saver.finish()
-                raise Interrupted(f"stopped by {stopped_by.name} after step {done}, which is saved: add resume=auto")
+                raise Interrupted(f"stopped by {stopped_by.name} after step {done}, which is saved; resume=auto goes on")
         saver.finish()
     return valid or evaluate(run)  # a run that was already at its end
 

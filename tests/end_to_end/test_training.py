@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_and_then_stopped_continues_to_the_bit(tmp_path: P
     output, _ = resumed.communicate(timeout=120)
     assert "continuing from step" in output
     last = output.splitlines()[-1]
-    stopped = re.fullmatch("twohop: stopped by SIGTERM after step ([0-9]+), which is saved: add resume=auto", last)
+    stopped = re.fullmatch("twohop: stopped by SIGTERM after step ([0-9]+), which is saved; resume=auto goes on", last)
     assert stopped, output
     assert resumed.returncode == os.EX_TEMPFAIL
     assert len(train_steps(broken)) == int(stopped[1]) < 60

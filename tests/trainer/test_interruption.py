@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_continue
         runs.train_run, 2, tmp_path, [*LENGTHS, f"run.dir={tmp_path / 'whole'}"], init=False, timeout=180
     )[0]
     overrides = [*LENGTHS, "checkpoint.asynchronous=true"]
-    message = "stopped by SIGUSR1 after step 4, which is saved: add resume=auto"
+    message = "stopped by SIGUSR1 after step 4, which is saved; resume=auto goes on"
     assert run_distributed(stop, 2, tmp_path, overrides, init=False, timeout=180) == [message] * 2
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000003", "step-00000004"]
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")[:6]  # four steps and two evaluations
