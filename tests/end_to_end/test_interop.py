@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.trainer import workers
 from twohop.trainer.config import ExportConfig, InitConfig
 from twohop.trainer.errors import CheckpointError, ConfigError
@@ -55,7 +55,8 @@ def export_worker(run_dir: Path, out: str) -> dict:
     return export(run_dir, out=out, shard_mib=0.01)
 
 
-def test_training_goes_on_with_what_was_exported(directory, exported):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero-1"])
+def test_training_goes_on_with_what_was_exported(directory, exported, engine):
     folder, loss = exported
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {path.name for path in folder.glob("*.safetensors")}
@@ -63,7 +64,8 @@ def test_training_goes_on_with_what_was_exported(directory, exported):
     assert len(files) > 2
     assert index["metadata"]["total_size"] < sum((folder / file).stat().st_size for file in files)
     tokenizer = (f"data.tokenizer.file={folder / 'tokenizer.json'}", "data.tokenizer.kind=file")
-    again = train(directory, "again", *MOE, *STILL, f"init.from_hf={folder}", *tokenizer, ranks=2)
+    given = (*MOE, *STILL, *ENGINES[engine], "comm.ep_size=1", f"init.from_hf={folder}", *tokenizer)
+    again = train(directory, f"again by {engine}", *given, ranks=2)
     assert again == pytest.approx(loss, rel=1e-5)
 
 

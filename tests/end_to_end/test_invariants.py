@@ -55,7 +55,6 @@ def one_process(reference_run: Result) -> runs.Curve:
         (1, "1", "fsdp"),
         (2, "1", "fsdp"),
         (4, "[2,4]", "fsdp"),
-        (4, "[2,1]", "zero-0"),
         (2, "2", "zero-1"),
         (1, "1", "zero-2"),
         (4, "[2,4]", "zero-2"),
