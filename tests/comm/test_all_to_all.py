@@ -17,7 +17,8 @@ def rows_of(rank: int, send: list[int], width: int, dtype: torch.dtype) -> torch
     return (1000 * rank + torch.arange(total * width).view(total, width)).to(dtype)
 
 
-def exchange_on_this_rank(levels: tuple[int, ...], ep_size: int, cases: list[Any]) -> list[Any]:
+def exchange_on_this_rank(levels: tuple[int, ...], ep_size: int, cases: list[Any]) -> tuple[list[int], list[Any]]:
+    """The ranks of this one's EP group, and for each case what both collectives give."""
     topology = Topology.discover(levels=levels, ep_size=ep_size, timeout_s=20)
     collectives = [build_all_to_all(name, topology) for name in ("flat", "two_level")]
     results = []
@@ -34,7 +35,7 @@ def exchange_on_this_rank(levels: tuple[int, ...], ep_size: int, cases: list[Any
             received.backward(received.detach() * 3 + topology.rank)
             by_name.append((received.detach(), recv_counts, rows.grad))
         results.append(by_name)
-    return results
+    return topology.ep_ranks, results
 
 
 @st.composite
@@ -62,23 +63,18 @@ def test_two_hops_equal_one_for_every_split(drawn: tuple[tuple[int, ...], int, l
     levels, ep_size, cases = drawn
     world = torch.Size(levels).numel()
     results = run_distributed(exchange_on_this_rank, world, levels, ep_size, cases)
-    groups = run_distributed(ep_ranks_on_this_rank, world, levels, ep_size)
     for i, (splits, width, dtype) in enumerate(cases):
-        for rank, group in enumerate(groups):
+        for rank, (group, by_case) in enumerate(results):
             me = group.index(rank)
             blocks = [rows_of(peer, splits[peer], width, dtype).split(splits[peer])[me] for peer in group]
             expected = torch.cat(blocks)
-            for received, recv_counts, grad in results[rank][i]:
+            for received, recv_counts, grad in by_case[i]:
                 assert torch.equal(received, expected)
                 assert recv_counts.tolist() == [splits[peer][me] for peer in group]
                 if dtype.is_floating_point:
                     rows = rows_of(rank, splits[rank], width, dtype)
                     owner = torch.tensor(group).repeat_interleave(torch.tensor(splits[rank]))
                     assert torch.equal(grad, rows * 3 + owner[:, None].to(dtype))
-
-
-def ep_ranks_on_this_rank(levels: tuple[int, ...], ep_size: int) -> list[int]:
-    return Topology.discover(levels=levels, ep_size=ep_size, timeout_s=20).ep_ranks
 
 
 def gradcheck_on_this_rank() -> bool:
@@ -105,10 +101,9 @@ def messages_on_this_rank(name: str) -> dict[str, Any]:
 def test_two_level_sends_fewer_and_larger_messages_between_nodes() -> None:
     """2 nodes x 4 ranks: L(M-1) = 4 messages become M-1 = 1, with the same bytes; S(L-1)/L more inside."""
     row_bytes = 8 * 4
-    for rank in range(8):
-        flat = run_distributed(messages_on_this_rank, 8, "flat")[rank]
-        two_level = run_distributed(messages_on_this_rank, 8, "two_level")[rank]
+    for flat in run_distributed(messages_on_this_rank, 8, "flat"):
         assert flat == {"between nodes": (8 * row_bytes, 4), "inside node": (6 * row_bytes, 3)}
+    for two_level in run_distributed(messages_on_this_rank, 8, "two_level"):
         assert two_level == {"between nodes": (8 * row_bytes, 1), "inside node": (12 * row_bytes, 3)}
 
 
