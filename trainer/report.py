@@ -9,9 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from twohop.trainer import plots
+from twohop.comm.clock import EXPOSED
+from twohop.trainer import layer_plots, plots
 from twohop.trainer.errors import DataError
 from twohop.trainer.metrics import METRICS_FILE, Record, read_metrics, read_summary
+from twohop.trainer.report_page import PAGE, STYLE
 
 REPORT_FILE = "report.html"
 _CONFIG_FILE = "config.yaml"
@@ -33,6 +35,8 @@ def write_report(run_dir: Path) -> Path:
         _tiles(train, valid),
         _loss_section(train, valid),
         _speed_section(train),
+        *_phase_section([record for record in train if record.get("phase_s")]),
+        *_memory_section([record for record in train if record.get("peak_memory")]),
         *_moe_sections([record for record in train if record.get("moe")]),
         *_traffic_section([record for record in train if record.get("traffic")]),
         *_table_section("Summary", "What summary.json says at the end of the run.", {"": read_summary(run_dir)}),
@@ -42,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     subtitle = escape(str(run_dir.resolve().parent.name))
     path = run_dir / REPORT_FILE
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(_PAGE.format(name=name, subtitle=subtitle, style=_STYLE, body="\n".join(sections)))
+    unfinished.write_text(PAGE.format(name=name, subtitle=subtitle, style=STYLE, body="\n".join(sections)))
     os.replace(unfinished, path)
     return path
 
@@ -75,7 +79,45 @@ def _loss_section(train: Sequence[Record], valid: Sequence[Record]) -> str:
 def _speed_section(train: Sequence[Record]) -> str:
     seconds = _median(train, "step_s")
     caption = f"Targets trained on per second, all ranks together; a step takes {seconds:.3g} s in the median."
-    return _figure("Throughput", plots.speed_plot(train), caption)
+    picture, measured = plots.speed_plot(train), [record for record in train if record.get("mfu") is not None]
+    if measured:
+        picture += plots.mfu_plot(measured)
+        caption += f" The model needs {_median(measured, 'mfu'):.1%} of the accelerators' peak in the median."
+    return _figure("Throughput", picture, caption)
+
+
+def _phase_section(train: Sequence[Record]) -> Iterator[str]:
+    """Where the time of a step goes: the mean of the ranks, and how far the slowest one is from it."""
+    if not train:
+        return
+    mean, longest = (
+        {name: _mean([r[key].get(name, 0.0) for r in train]) for name in train[-1][key]}
+        for key in ("phase_s", "phase_max_s")
+    )
+    whole = sum(mean.values())
+    caption = (
+        f"Seconds of a step by phase, in the mean of the ranks. In the whole run {mean.get(EXPOSED, 0) / whole:.1%} is "
+        "exposed communication: a rank waits in an exchange, and nothing runs beside it. What a rank computes between "
+        "exchanges counts as dispatch and combine; on the way back, as backward."
+    )
+    rows = "".join(
+        f"<tr><td>{escape(name)}<td class=n>{seconds:.4g}<td class=n>{seconds / whole:.1%}"
+        f"<td class=n>{longest[name]:.4g}"
+        for name, seconds in sorted(mean.items(), key=lambda pair: -pair[1])
+    )
+    table = f"<table><tr><th>phase<th class=n>s, mean<th class=n>part<th class=n>s, slowest rank{rows}</table>"
+    more = f"<details><summary>All numbers</summary>{table}</details>"
+    yield _figure("Time of a step", plots.phase_plot(train), caption, more)
+
+
+def _memory_section(train: Sequence[Record]) -> Iterator[str]:
+    if train:
+        peak = plots.format_bytes(train[-1]["peak_memory"])
+        caption = (
+            f"The most memory that any rank has needed up to a step, {peak} at the end: allocated by PyTorch on a GPU, "
+            "resident in the process on the CPU."
+        )
+        yield _figure("Memory", plots.memory_plot(train), caption)
 
 
 def _moe_sections(moe: Sequence[Record]) -> Iterator[str]:
@@ -90,7 +132,8 @@ def _moe_sections(moe: Sequence[Record]) -> Iterator[str]:
         f"idler. At the last step the busiest expert takes {max(loads[busiest]):.2g}× its share "
         f"({escape(busiest)}), and the idlest of all layers {min(min(load) for load in loads.values()):.2g}×."
     )
-    yield _figure("Expert load", plots.load_plot(moe), caption)
+    yield _figure("Expert load", layer_plots.load_plot(moe), caption)
+    yield from _balance_section([record for record in moe if all(map(_has_balance, record["moe"].values()))])
     dropped = [_mean([record["moe"][layer]["dropped"] for layer in record["moe"]]) for record in moe]
     if not any(dropped):
         yield "<section><h2>Dropped tokens</h2><p>No assignment was dropped in the whole run.</p></section>"
@@ -100,7 +143,24 @@ def _moe_sections(moe: Sequence[Record]) -> Iterator[str]:
         f"were dropped in the whole run and {dropped[-1]:.2%} at the last step; a token without any expert passes "
         "through the residual stream."
     )
-    yield _figure("Dropped tokens", plots.drop_plot(moe), caption)
+    yield _figure("Dropped tokens", layer_plots.drop_plot(moe), caption)
+
+
+def _has_balance(stats: Mapping[str, Any]) -> bool:
+    return all(key in stats for key in layer_plots.BALANCE)
+
+
+def _balance_section(moe: Sequence[Record]) -> Iterator[str]:
+    if not moe:
+        return
+    last = moe[-1]["moe"].values()
+    dead, experts = sum(stats["dead"] or 0 for stats in last), sum(len(stats["load"]) for stats in last)
+    caption = (
+        "Of each layer (running mean). Max violation: how far the busiest expert is above its share, 0 is balanced. "
+        "Entropy of the load: 1 is balanced, 0 is one expert alone. Confidence: the largest weight that a token gives "
+        f"to an expert, in the mean. At the last step {dead} of {experts} experts got no token."
+    )
+    yield _figure("Balance", layer_plots.balance_plot(moe), caption)
 
 
 def _traffic_section(records: Sequence[Record]) -> Iterator[str]:
@@ -186,55 +246,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _median(records: Sequence[Record], key: str) -> float:
     return median(record[key] for record in records)
-
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f6f8; color: #27303b; font: 16px/1.6 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 56px 24px 80px; }
-header p { margin: 0; color: #6d7885; letter-spacing: .08em; text-transform: uppercase; font-size: 13px; }
-h1 { margin: 2px 0 28px; font-size: 32px; font-weight: 650; letter-spacing: -.02em; overflow-wrap: anywhere; }
-h2 { margin: 0 0 12px; font-size: 19px; font-weight: 620; letter-spacing: -.01em; }
-h3 { margin: 0 0 6px; font-size: 14px; font-weight: 620; color: #3565a5; }
-section, .tile { background: #fff; border: 1px solid #e6e9ee; border-radius: 12px; }
-section { padding: 24px 28px; margin-top: 20px; }
-section > p { margin: 12px 0 0; color: #56616e; font-size: 15px; max-width: 84ch; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif !important; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; }
-.tile { padding: 16px 20px; }
-.tile b { display: block; font-size: 25px; font-weight: 620; letter-spacing: -.02em; }
-.tile span { color: #6d7885; font-size: 13px; }
-.cards { columns: 2 320px; column-gap: 36px; margin-top: 18px; }
-.card { break-inside: avoid; padding-bottom: 22px; }
-.card:only-child { break-inside: auto; padding-bottom: 0; }
-table { width: 100%; border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-td, th { padding: 4px 10px 4px 0; border-bottom: 1px solid #eef0f3; text-align: left; vertical-align: top; }
-th { color: #6d7885; font-weight: 500; }
-td:first-child { color: #56616e; }
-.v { text-align: right; padding-right: 0; overflow-wrap: anywhere; }
-.n { text-align: right; }
-details { margin-top: 14px; }
-summary { cursor: pointer; color: #3565a5; font-size: 14px; margin-bottom: 8px; }
-@media print { body { background: #fff; } section { break-inside: avoid; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} · twohop</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header><p>twohop · {subtitle}</p><h1>{name}</h1></header>
-{body}
-</main>
-</body>
-</html>
-"""

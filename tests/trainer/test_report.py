@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twohop.trainer.errors import DataError
+from twohop.trainer.layer_plots import _load_map
 from twohop.trainer.metrics import MetricsWriter, write_summary
-from twohop.trainer.plots import _load_map, _svg, _thin
+from twohop.trainer.plots import phase_plot, svg, thin
 from twohop.trainer.report import write_report
 
 PHASES = ("counts", "metadata", "dispatch", "combine", "combine backward", "dispatch backward")
@@ -30,9 +32,18 @@ def train_record(step: int, steps: int, experts: dict[str, int], drops: bool = T
         "loss": 5.5 - 3 * step / steps,
         "targets_per_s": 9000 + 100 * (step % 3),
         "step_s": 0.45,
-        "moe": {layer: {"load": load, "dropped": 0.25 * drops} for layer, load in loads.items()},
+        "phase_s": {"forward": 0.1, "backward": 0.2, "exposed communication": 0.09, "other": 0.06},
+        "phase_max_s": {"forward": 0.15, "backward": 0.2, "exposed communication": 0.125, "other": 0.06},
+        "peak_memory": 1_000_000_000 + 1_000_000 * step,
+        "mfu": 0.4 + 0.01 * (step % 3),
+        "moe": {layer: moe_record(load, drops) for layer, load in loads.items()},
         "traffic": traffic,
     }
+
+
+def moe_record(load: list[float], drops: bool) -> dict[str, Any]:
+    balance = {"entropy": 0.97, "max_violation": max(load) * len(load) - 1, "dead": 1, "confidence": 0.6}
+    return {"load": load, "dropped": 0.25 * drops, **balance}
 
 
 @pytest.fixture
@@ -82,7 +93,8 @@ def test_every_part_is_there_and_says_what_the_run_did(run_dir: Path) -> None:
     assert path == run_dir / "report.html"
     page = Page(path.read_text())
     assert page.headings == [
-        "Loss", "Throughput", "Expert load", "Dropped tokens", "Bytes per hop", "Summary", "Configuration",
+        "Loss", "Throughput", "Time of a step", "Memory", "Expert load", "Balance", "Dropped tokens", "Bytes per hop",
+        "Summary", "Configuration",
     ]  # fmt: skip
     for sentence in (
         "pr_moe",
@@ -90,6 +102,11 @@ def test_every_part_is_there_and_says_what_the_run_did(run_dir: Path) -> None:
         "went from 5.45 at step 1 to 2.5 at step 60",
         "ends at 2.75",
         "a step takes 0.45 s in the median",
+        "needs 41.0% of the accelerators' peak",
+        "20.0% is exposed communication",
+        "exposed communication 0.09 20.0% 0.125",
+        "up to a step, 1.1 GB at the end",
+        "At the last step 2 of 12 experts got no token",
         "the busiest expert takes 2× its share",
         "the idlest of all layers 0.67×",
         "25.00% were dropped in the whole run",
@@ -102,9 +119,14 @@ def test_every_part_is_there_and_says_what_the_run_did(run_dir: Path) -> None:
         "dispatcher dedup",
     ):
         assert sentence in page.text
-    loss, speed, load, drops, traffic = map(picture_words, page.pictures)
+    loss, speed, mfu, phases, memory, load, balance, drops, traffic = map(picture_words, page.pictures)
     assert {"training", "validation", "step"} <= loss
     assert "targets per second" in speed
+    assert "model FLOPs utilisation" in mfu
+    assert {"forward", "backward", "exposed communication", "other", "seconds of a step"} <= phases
+    assert "data" not in phases  # nothing of it was measured
+    assert {"peak memory of a rank", "1 GB"} <= memory
+    assert {"max violation", "entropy", "confidence", "blocks.1", "blocks.3"} <= balance
     assert {"blocks.1  ·  4 experts", "blocks.3  ·  8 experts", "1×", "2×"} <= load
     assert {"blocks.1", "blocks.3", "dropped assignments"} <= drops
     assert {"between nodes", "inside node", *PHASES, "6.0 MB", "12.0 MB"} <= traffic
@@ -159,16 +181,45 @@ def test_pictures_of_one_page_share_no_ids() -> None:
     def draw(figure: Figure) -> None:
         figure.subplots().plot([1, 2], marker="o")
 
-    ids = [set(re.findall(r'\bid="([^"]+)"', _svg(name, draw, 2.0))) for name in ("a", "b", "a")]
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg(name, draw, 2.0))) for name in ("a", "b", "a")]
     assert ids[0] == ids[2] != set()
     assert not ids[0] & ids[1]
 
 
 @pytest.mark.parametrize("count", [1, 599, 600, 601, 1201, 5000])
 def test_a_long_curve_is_thinned_by_means(count: int) -> None:
-    steps, values = _thin(np.arange(count), 2.0 * np.arange(count))
+    steps, values = thin(np.arange(count), 2.0 * np.arange(count))
     assert len(steps) <= 600
     np.testing.assert_allclose(values, 2 * steps)
     every = -(-count // 600)
     assert steps[0] == (every - 1) / 2
     assert (len(steps) - 1) * every < count <= len(steps) * every
+
+
+def test_phases_of_a_long_run_are_bars_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bar is the mean of its steps, phases stand upon each other, and the tops are the time of a step."""
+    bars: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]] = []
+
+    def spy(axes: Axes, x: Any, height: Any, width: Any, bottom: Any, **style: Any) -> None:
+        bars.append((x, height, bottom.copy(), style["label"]))
+
+    monkeypatch.setattr(Axes, "bar", spy)
+    seconds = np.random.default_rng(0).random((600, 3))
+    names = ("forward", "exposed communication", "something new")
+    phase_plot([{"step": i + 1, "phase_s": dict(zip(names, row, strict=True))} for i, row in enumerate(seconds)])
+    assert [label for *_, label in bars] == list(names)
+    means = seconds.reshape(60, 10, 3).mean(axis=1)
+    for number, (x, height, bottom, _) in enumerate(bars):
+        np.testing.assert_allclose(x, 5.5 + 10 * np.arange(60))
+        np.testing.assert_allclose(height, means[:, number])
+        np.testing.assert_allclose(bottom, means[:, :number].sum(axis=1))
+
+
+def test_a_record_without_what_later_versions_measure_is_reported(tmp_path: Path) -> None:
+    record = train_record(1, 1, {"blocks.1": 4})
+    old = {key: record[key] for key in ("loss", "targets_per_s", "step_s", "traffic")}
+    old["moe"] = {"blocks.1": {key: record["moe"]["blocks.1"][key] for key in ("load", "dropped")}}
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, old)
+    headings = Page(write_report(tmp_path).read_text()).headings
+    assert headings == ["Loss", "Throughput", "Expert load", "Dropped tokens", "Bytes per hop"]
