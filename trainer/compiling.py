@@ -30,6 +30,8 @@ def compile_regions(model: MoEModel, backend: str = "inductor") -> None:
     """
     if backend == "inductor":
         _check_compiler(next(model.parameters()).device.type)
+    # Layers may differ, and then each has a graph of its own; with too few graphs there would be an error.
+    torch._dynamo.config.recompile_limit = 256
     for module in _regions(model):
         module.forward = _while_training(module, module.forward, backend)  # type: ignore[method-assign]
     for module in model.modules():
@@ -48,8 +50,7 @@ def _while_training(
     module: nn.Module, compute: Callable[..., Any], backend: str, dynamic: bool | None = None
 ) -> Callable[..., Any]:
     """`compute`, a method of `module`; compiled in training passes. Others come in too many shapes to be worth it."""
-    # Layers may differ, and then each needs a graph of its own; without a graph there is an error, and no slow way out.
-    compiled = torch.compile(compute, backend=backend, fullgraph=True, dynamic=dynamic, recompile_limit=256)
+    compiled = torch.compile(compute, backend=backend, fullgraph=True, dynamic=dynamic)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if module.training and torch.is_grad_enabled() else compute)(*args, **kwargs)

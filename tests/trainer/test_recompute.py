@@ -1,5 +1,6 @@
 """Activation checkpointing: the same bits as without, less memory, and nothing decided, counted or drawn twice."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
 from tests.models.test_encoder_decoder import inputs, is_target, make_config, side
@@ -15,6 +17,7 @@ from tests.tiny import tiny_config
 from tests.trainer.test_engine import batch, whole
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.models import MoEModel, build_model, init_weights
+from twohop.models.grouped import grouped_linear
 from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
 from twohop.trainer.config import Recompute
 from twohop.trainer.engines import build_engine
@@ -88,24 +91,28 @@ def test_nothing_changes_but_the_messages(
                         assert ours["traffic"][level][phase] == (again * size, again * messages), (mode, phase)
 
 
-def peak_bytes(directory: Path, mode: Recompute) -> int:
+def peak_and_operations(directory: Path, mode: Recompute) -> tuple[int, int]:
+    """Bytes alive at once, and operations of matrix products, of a pass forward and backward."""
     config = tiny_config(directory, *OVERRIDES)
     model = build_model(config.model)
     init_weights(model, 0)
     recompute_activations(model, mode)
-    model.train()
+    ids_BT1 = torch.cat([batch(0, index) for index in range(8)])
     tracker = MemTracker()
-    tracker.track_external(model)
+    tracker.track_external(model.train())
     with tracker:
-        loss_of(model, torch.cat([batch(0, index) for index in range(8)]))[0].backward()
+        loss_of(model, ids_BT1)[0].backward()
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
-    return snapshot["Total"]
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, ids_BT1)[0].backward()
+    return snapshot["Total"], counter.get_total_flops()
 
 
-def test_each_mode_needs_less_memory_than_the_last(tmp_path: Path) -> None:
-    peaks = [peak_bytes(tmp_path, mode) for mode in Recompute]
-    assert peaks == sorted(peaks, reverse=True)
+def test_each_mode_needs_less_memory_than_the_last_and_selective_repeats_no_product(tmp_path: Path) -> None:
+    peaks, operations = zip(*(peak_and_operations(tmp_path, mode) for mode in Recompute), strict=True)
+    assert all(less < more for more, less in pairwise(peaks))
     assert peaks[-1] < peaks[0] / 2
+    assert operations[0] == operations[1] < operations[2] < operations[3]
 
 
 @pytest.mark.parametrize("mode", [mode for mode in Recompute if mode is not Recompute.none])
@@ -115,8 +122,10 @@ def test_routers_decide_once_and_evaluation_is_left_alone(tmp_path: Path, mode: 
     init_weights(model, 0)
     recompute_activations(model, mode)
     with patch.object(SoftmaxTopKRouter, "forward", autospec=True, side_effect=SoftmaxTopKRouter.forward) as forward:
-        loss_of(model.train(), batch(0, 0))[0].backward()
+        with patch("twohop.models.experts.grouped_linear", side_effect=grouped_linear) as product:
+            loss_of(model.train(), batch(0, 0))[0].backward()
         assert forward.call_count == 2  # layers
+        assert product.call_count == 2 * 2 * 2  # layers, projections, passes
         with patch("twohop.trainer.recompute.checkpoint", side_effect=AssertionError):
             loss_of(model.eval(), batch(0, 0))
             with torch.no_grad():
