@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "twohop needs Python 3.10 or newer: make PYTHON=/path/to/python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,optuna,slurm]'
 	mkdir -p $(VENV)/src/twohop
 	ln -sfn $(addprefix ../../../,$(PACKAGES)) $(VENV)/src/twohop/
 	touch $@

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from twohop.trainer.cli import complain, suggest
 from twohop.trainer.errors import ConfigError, UserError, WorkerError
 from twohop.trainer.launch import joins_outer_launcher
+from twohop.trainer.sweep import SweepFolder, handing_on_stops, is_lost_job, print_jobs, record_job
 
 # (configuration, folder of this job of a sweep or None) -> the value that a sweeper may optimise
 Task = Callable[[Any, Path | None], float | None]
-
-
-@dataclass
-class Sweep:
-    """The jobs of a sweep: their overrides, their folder, and the value or the error that each ended with."""
-
-    jobs: list[tuple[list[str], Path, float | None, Exception | None]] = field(default_factory=list)
-
-    def finish(self) -> int:
-        """Print the table of jobs, told apart by the overrides that not all of them have; 1 if one failed, else 0."""
-        failed = sum(error is not None for *_, error in self.jobs)
-        common = set.intersection(*(set(overrides) for overrides, *_ in self.jobs))
-        print(f"\nsweep: {len(self.jobs)} jobs, {failed} failed")
-        for number, (overrides, folder, value, error) in enumerate(self.jobs):
-            name = " ".join(override for override in overrides if override not in common)
-            result = "" if value is None else f"{value:.4f}  "
-            print(f"  {number}  {name}  {f'FAILED: {error}' if error else f'{result}{folder}'}", flush=True)
-        return 1 if failed else 0
 
 
 def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
@@ -65,7 +47,6 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
         )
     if joins_outer_launcher() and {"-m", "--multirun"} & set(args):
         raise ConfigError("--multirun under torchrun would make every rank its own sweep: run it without torchrun")
-    sweep = Sweep()
     refusals: list[Exception] = []  # of a single job; taken past Hydra, which would announce it in words of its own
 
     def job(composed: DictConfig) -> float | None:
@@ -75,17 +56,19 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
         folder, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
         print(f"\nsweep: job {settings.job.num}  {' '.join(overrides)}", flush=True)
         errors: list[Exception] = []
-        value = _shielded(lambda: task(to_config(composed, schema), folder), errors.append)
+        with handing_on_stops():
+            value = _shielded(lambda: task(to_config(composed, schema), folder), errors.append)
         for error in errors:
             complain(error)
-        sweep.jobs.append((overrides, folder, value, errors[0] if errors else None))
+        record_job(folder, settings.job.num, overrides, value, errors[0] if errors else None)
         return value
 
+    SweepFolder.latest = None
     ConfigStore.instance().store(name="schema", node=schema, provider="twohop")
     _call_hydra(command, args, job, schema)
     if refusals:
         raise refusals[0]
-    return sweep.finish() if sweep.jobs else 0
+    return 0 if SweepFolder.latest is None else print_jobs(SweepFolder.latest)
 
 
 def _shielded(job: Callable[[], float | None], fail: Callable[[Exception], None]) -> float | None:
@@ -110,6 +93,10 @@ def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any],
         if "Unexpected type for root: NoneType" not in str(error):
             raise
         raise ConfigError(_explain_null(args, schema)) from None  # OmegaConf has no better word for it
+    except Exception as error:
+        if not is_lost_job(error):
+            raise
+        raise WorkerError(f"a job of the sweep ended without an answer: {str(error).splitlines()[0]}") from None
     finally:
         sys.argv = argv
         os.environ.pop("HYDRA_FULL_ERROR")

@@ -16,6 +16,7 @@ from twohop.trainer.errors import UserError, WorkerError
 
 COMMANDS = {
     "train": "train a model; starts its own worker processes, or joins torchrun's",
+    "submit": "hand a run to SLURM or Kubernetes: cluster=slurm cluster.nodes=2 launch.nproc=8",
     "evaluate": "validation loss, perplexity and accuracy of a run: run=DIR",
     "generate": "text from the model of a run: run=DIR generate.prompt='def '",
     "export": "the model of a run for other programs, such as transformers: run=DIR out=DIR",

@@ -68,7 +68,11 @@ def find_nodes(config: Config) -> Nodes:
 
 
 def check_cluster(cluster: ClusterConfig, workers: int) -> None:
-    """Raise a ConfigError unless each of a node's `workers` gets a GPU, where any are asked for."""
+    """Raise a ConfigError unless a batch system can be told all it needs for `workers` on each node."""
+    kubernetes = cluster.kubernetes
+    for key, use in (("image", "what to run"), ("claim", "a volume that outlives the containers, for checkpoints")):
+        if kubernetes is not None and getattr(kubernetes, key) is None:
+            raise ConfigError(f"cluster.kubernetes.{key} is not set: Kubernetes needs {use}")
     if cluster.gpus_per_node is not None and cluster.gpus_per_node < workers:
         raise ConfigError(
             f"cluster.gpus_per_node={cluster.gpus_per_node} is less than launch.nproc={workers}: "

@@ -10,7 +10,8 @@ from twohop.trainer.config import Config
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import check_init, with_origin
 from twohop.trainer.launch import joins_outer_launcher, start, world_size
-from twohop.trainer.run_folder import open_run
+from twohop.trainer.run_folder import has_checkpoint, open_run
+from twohop.trainer.sweep import is_started_again
 from twohop.trainer.validate import validate
 
 WORKER = "twohop.trainer.workers:train"
@@ -38,6 +39,8 @@ def train(config: Config, sweep_dir: Path | None) -> float | None:
                 f"run.dir={config.run.dir}: the jobs of a sweep cannot share a folder; set hydra.sweep.dir"
             )
         config.run.dir = str(sweep_dir)
+        if is_started_again() and has_checkpoint(sweep_dir):
+            config.resume = "auto"
         if config.tracker.name == "wandb" and config.tracker.group is None:
             config.tracker.group = sweep_dir.parent.name
     run_dir = None if joins_outer_launcher() or nodes.count > 1 else open_run(config)

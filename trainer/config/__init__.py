@@ -7,9 +7,18 @@ Imports no torch, so that `--help` answers at once.
 
 from twohop.trainer.config.cluster import ClusterConfig, ClusterKind, KubernetesConfig, ManifestKind, SlurmConfig
 from twohop.trainer.config.comm import CommConfig
-from twohop.trainer.config.commands import BenchConfig, Config, ExportConfig, PrepareConfig, TensorType
-from twohop.trainer.config.data import DataConfig, DataOrder, HFConfig, MultitaskConfig, TokenizerConfig, TokenizerKind
+from twohop.trainer.config.commands import BenchConfig, Config, ExportConfig, PrepareConfig, SubmitConfig, TensorType
+from twohop.trainer.config.data import (
+    CorpusConfig,
+    DataConfig,
+    DataOrder,
+    HFConfig,
+    MultitaskConfig,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from twohop.trainer.config.defaults import default_of
+from twohop.trainer.config.placement import PlacementConfig
 from twohop.trainer.config.running import (
     CheckpointConfig,
     EvalConfig,
@@ -37,6 +46,7 @@ __all__ = [
     "ClusterKind",
     "CommConfig",
     "Config",
+    "CorpusConfig",
     "DataConfig",
     "DataOrder",
     "DecayShape",
@@ -53,6 +63,7 @@ __all__ = [
     "MetricsConfig",
     "MultitaskConfig",
     "OptimConfig",
+    "PlacementConfig",
     "Precision",
     "PrepareConfig",
     "ProfileConfig",
@@ -60,6 +71,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "SlurmConfig",
+    "SubmitConfig",
     "TensorType",
     "TokenizerConfig",
     "TokenizerKind",

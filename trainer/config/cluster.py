@@ -92,6 +92,7 @@ class ClusterConfig:
 
     name: ClusterKind = ClusterKind.local
     nodes: int = 1
+    job: str = "twohop"  # slurm, kubernetes: its name
     gpus_per_node: int | None = None  # slurm, kubernetes: asked for on each node; null: none
     rdzv_endpoint: str | None = None  # torchrun: host:port where nodes meet; the host is one of them
     slurm: SlurmConfig | None = None
@@ -110,9 +111,15 @@ class ClusterConfig:
             f"cluster.gpus_per_node={self.gpus_per_node}: use 1 or more, or null",
         )
         require(
-            self.gpus_per_node is None or self.name in (ClusterKind.slurm, ClusterKind.kubernetes),
-            f"cluster.gpus_per_node={self.gpus_per_node} has no use with cluster={name}: leave it out",
+            re.fullmatch(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?", self.job) is not None,
+            f"cluster.job={self.job}: use at most 42 small letters, digits and dashes, beginning with a letter",
         )
+        for key in ("job", "gpus_per_node"):
+            value = getattr(self, key)
+            require(
+                self.name in (ClusterKind.slurm, ClusterKind.kubernetes) or value == getattr(type(self), key),
+                f"cluster.{key}={value} has no use with cluster={name}: leave it out",
+            )
         for kind in (ClusterKind.slurm, ClusterKind.kubernetes):
             require(
                 (getattr(self, kind.value) is None) == (self.name is not kind),

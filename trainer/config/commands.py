@@ -9,6 +9,7 @@ from twohop.trainer.config.checks import listed, require
 from twohop.trainer.config.cluster import ClusterConfig
 from twohop.trainer.config.comm import CommConfig
 from twohop.trainer.config.data import DataConfig
+from twohop.trainer.config.placement import PlacementConfig
 from twohop.trainer.config.running import (
     CheckpointConfig,
     EvalConfig,
@@ -33,6 +34,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -59,6 +61,14 @@ class Config:
             self.optimized_metric in known,
             f"optimized_metric={self.optimized_metric}: unknown; use one of {', '.join(known)}",
         )
+
+
+@dataclass
+class SubmitConfig(Config):
+    """Everything `twohop submit` needs: a run, and what to do with the job that trains it."""
+
+    dry_run: bool = False  # show the job and hand in nothing
+    out: str | None = None  # a file to keep it in, too
 
 
 class TensorType(Enum):
