@@ -19,7 +19,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from twohop.trainer import cli, loop
 
-PATIENCE_S = 120.0  # for anything that should happen within seconds
+PRELOADED = ["twohop.trainer.workers", "twohop.trainer.commands.train", "torch._dynamo"]  # optimizers import the last
+PATIENCE_S = 300.0  # for anything that should happen within seconds
 
 
 class History:
@@ -97,7 +98,7 @@ def train(overrides: list[str], history: History, ranks: int, logs: Path) -> Non
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
-    multiprocessing.set_forkserver_preload(["twohop.trainer.workers", "twohop.trainer.commands.train"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
