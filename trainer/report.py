@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from twohop.comm.clock import EXPOSED
 from twohop.trainer import layer_plots, plots
 from twohop.trainer.errors import DataError
 from twohop.trainer.metrics import METRICS_FILE, Record, read_metrics, read_summary
@@ -94,9 +93,9 @@ def _phase_section(train: Sequence[Record]) -> Iterator[str]:
         {name: _mean([r[key].get(name, 0.0) for r in train]) for name in train[-1][key]}
         for key in ("phase_s", "phase_max_s")
     )
-    whole = sum(mean.values())
+    whole, exposed = sum(mean.values()), mean.get("exposed communication", 0.0)
     caption = (
-        f"Seconds of a step by phase, in the mean of the ranks. In the whole run {mean.get(EXPOSED, 0) / whole:.1%} is "
+        f"Seconds of a step by phase, in the mean of the ranks. In the whole run {exposed / whole:.1%} is "
         "exposed communication: a rank waits in an exchange, and nothing runs beside it. What a rank computes between "
         "exchanges counts as dispatch and combine; on the way back, as backward."
     )
