@@ -75,7 +75,9 @@ def train(options: argparse.Namespace, name: str, *overrides: str) -> list[Train
 def _train_once(options: argparse.Namespace, name: str, seed: int, overrides: list[str]) -> Trained:
     folder = options.runs / name / f"seed-{seed}"
     summary, given = folder / "summary.json", folder / "overrides.json"
-    if not summary.exists() or json.loads(given.read_text()) != overrides:
+    if given.exists() and json.loads(given.read_text()) != overrides:
+        sys.exit(f"--runs {options.runs}: {folder} was trained with other overrides; name another folder")
+    if not summary.exists():
         print(f"--- {name}, seed {seed}", file=sys.stderr, flush=True)
         command = ["twohop", "train", *overrides, f"seed={seed}", f"run.dir={folder}"]
         subprocess.run(command, check=True, stdout=sys.stderr)

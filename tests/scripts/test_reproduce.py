@@ -76,6 +76,8 @@ def test_runs_are_trained_once_for_each_seed_and_evaluated_with_overrides(
     again = common.train(given, "variant", *tiny, "model.moe.eval_capacity_factor=2.0")
     assert (again, len(commands)) == (runs, 2)  # what has ended is taken as it is
 
+    with pytest.raises(SystemExit, match=r"variant/seed-0 was trained with other overrides; name another folder"):
+        common.train(given, "variant", *tiny)
     common.write_json(given, runs, effect=[1, 2])
     written = json.loads((tmp_path / "runs" / "all" / "numbers.json").read_text())
     assert written["effect"] == [1, 2]
