@@ -21,7 +21,8 @@ class Evaluation(NamedTuple):
     loss: float  # mean cross-entropy in nats per target
     accuracy: float  # share of the targets that have the largest logit
     depth: float | None = None  # blocks that a target's state went through, where tokens may leave early
-    loss_by_task: dict[str, float] | None = None  # of data with tasks: the same as `loss`, for each
+    loss_by_group: dict[str, float] | None = None  # of data with tasks or several corpora: `loss`, for each of them
+    grouped_by: str = "task"  # or "corpus"
 
     def record(self) -> dict[str, Any]:
         """The same for metrics.jsonl and summary.json."""
@@ -30,7 +31,7 @@ class Evaluation(NamedTuple):
             "valid_perplexity": perplexity(self.loss),
             "valid_accuracy": self.accuracy,
         }
-        others = {"valid_depth": self.depth, "valid_loss_by_task": self.loss_by_task}
+        others = {"valid_depth": self.depth, f"valid_loss_by_{self.grouped_by}": self.loss_by_group}
         return record | {name: value for name, value in others.items() if value is not None}
 
 
@@ -43,7 +44,7 @@ def evaluate(run: Run) -> Evaluation:
     early if eval.exit_confidence is.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)  # cross-entropy, right choices, blocks passed
-    by_task = _TaskLosses(run)
+    by_group = _GroupLosses(run)
     run.model.eval()
     with _exits(run) as exits:
         for batch, counts in validation_batches(run):
@@ -54,31 +55,32 @@ def evaluate(run: Run) -> Evaluation:
                 depth = exits.depth_BT[batch.targets != IGNORED].sum() if exits else torch.zeros_like(right)
                 sums = (cross_entropy_sum(logits, batch.targets), right, depth)
                 totals += torch.stack([x.double() for x in sums])
-                by_task.add(logits, batch)
+                by_group.add(logits, batch)
     sum_over_world(totals, "validation loss")
     loss, accuracy, depth = (totals / run.data.valid.num_targets(range(_num_samples(run)))).tolist()
-    return Evaluation(loss, accuracy, depth if exits else None, by_task.reduce())
+    return Evaluation(loss, accuracy, depth if exits else None, by_group.reduce(), run.data.grouped_by)
 
 
-class _TaskLosses:
-    """The mean cross-entropy of each task; nothing where the data has none."""
+class _GroupLosses:
+    """The mean cross-entropy of each task or corpus; nothing where the data has none."""
 
     def __init__(self, run: Run) -> None:
-        self.names = run.data.tasks
+        self.names = run.data.groups
         self.totals_2S = torch.zeros(2, len(self.names), dtype=torch.float64, device=run.device)  # losses, targets
 
     def add(self, logits: torch.Tensor, batch: Batch) -> None:
         """Count a batch."""
-        for task in range(len(self.names)):
-            own_B = batch.inputs["task_B"] == task
+        for group in range(len(self.names)):
+            assert batch.group_B is not None
+            own_B = (batch.group_B == group).to(logits.device)
             sums = cross_entropy_sum(logits[own_B], batch.targets[own_B]), (batch.targets[own_B] != IGNORED).sum()
-            self.totals_2S[:, task] += torch.stack([x.double() for x in sums])
+            self.totals_2S[:, group] += torch.stack([x.double() for x in sums])
 
     def reduce(self) -> dict[str, float] | None:
-        """{task: loss} over all ranks; a task without targets is left out. Every rank calls this."""
+        """{name: loss} over all ranks; a group without targets is left out. Every rank calls this."""
         if not self.names:
             return None
-        sum_over_world(self.totals_2S, "validation loss of each task")
+        sum_over_world(self.totals_2S, "validation losses of groups")
         pairs = zip(self.names, *self.totals_2S.tolist(), strict=True)
         return {name: loss / targets for name, loss, targets in pairs if targets}
 

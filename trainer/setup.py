@@ -30,6 +30,7 @@ from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.fp8 import use_fp8_experts
 from twohop.trainer.objective import Objective
+from twohop.trainer.placement import Placement
 from twohop.trainer.recompute import recompute_activations
 from twohop.trainer.run_folder import CHECKPOINTS
 from twohop.trainer.state import model_tensors
@@ -52,6 +53,7 @@ class Run:
     checkpoints: CheckpointStore
     meter: TrafficMeter  # what this rank's MoE layers send
     clock: PhaseClock  # where this rank's time goes
+    placement: Placement  # where experts live
 
     @property
     def model(self) -> MoEModel:
@@ -103,7 +105,10 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         ConfigError: the ranks fill no regular grid of nodes, or model.vocab_size is smaller than the tokenizer's.
         DataError: the data cannot be read.
     """
-    data = leader_first(lambda: build_data(config.data, config.train.seq_len, log=say), config.comm.init_timeout_s)
+    train = config.train
+    data = leader_first(
+        lambda: build_data(config.data, train.seq_len, say, train.global_batch), config.comm.init_timeout_s
+    )
     config = _sized(config, data)
     _check_images(config, data)
     _check_order(config, data)
@@ -150,7 +155,10 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         compile_regions(model)
     recompute_activations(model, config.train.recompute)
     engine = build_engine(model, config)
-    return Run(config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter, clock)
+    placement = Placement(engine, config)
+    return Run(
+        config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter, clock, placement
+    )
 
 
 def _load_teacher(model: MoEModel, config: Config, data: Data, directory: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from twohop.comm import CostModel
+from twohop.comm.placement import KINDS
 from twohop.comm.routes import ROUTES
 from twohop.comm.wire import FORMATS
 from twohop.models.attention import build_attention
@@ -18,7 +19,7 @@ from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
 from twohop.trainer.cli import suggest
 from twohop.trainer.config import CommConfig, Config, DataConfig, DataOrder, Precision, TrainConfig
-from twohop.trainer.data.build import CORPORA
+from twohop.trainer.data.build import CORPORA, corpus_config
 from twohop.trainer.data.images import IMAGES
 from twohop.trainer.data.multitask import TASKS
 from twohop.trainer.distill import teacher_config
@@ -49,10 +50,12 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     check_data(config.data)
     _check_kind(config)
     _check_documents(config)
+    _check_lanes(config)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
     if training:
         _check_bits(config)
+        _check_placement(config)
         _check_cache(config)
     if config.distill.teacher is not None:
         teacher_config(config)
@@ -114,6 +117,30 @@ def _sides(config: Config) -> dict[str, ModelConfig]:
     return {"model": model} | ({"model.encoder": model.encoder_stack} if model.encoder else {})
 
 
+def _check_placement(config: Config) -> None:
+    check_name("placement", config.placement.name, KINDS)
+    if config.placement.name == "contiguous":
+        return
+    reasons = {
+        f"model.moe.experts={config.model.moe.experts}": not config.model.experts_by_layer and "there are no experts",
+        f"engine.name={config.engine.name}": config.engine.name != "ddp"
+        and "only ddp can move experts with their optimizer state so far: use engine=ddp",
+        "engine.precision=bf16_params": config.engine.precision is Precision.bf16_params
+        and "masters of experts cannot be moved so far: use engine.precision=bf16",
+    }
+    for side, model in _sides(config).items():
+        moe = model.moe
+        reasons[f"{side}.moe.cache.enabled=true"] = (
+            moe.cache.enabled and "its plans know where experts were: disable it"
+        )
+        reasons[f"{side}.moe.router.groups={moe.router.groups}"] = (
+            moe.router.groups > 1 and "groups are experts of one node, which must stay together: use groups=1"
+        )
+    for key, reason in reasons.items():
+        if reason:
+            raise ConfigError(f"placement={config.placement.name} does not go with {key}: {reason}")
+
+
 def _check_bits(config: Config) -> None:
     for key, bits in (
         ("model.moe.expert_bits", config.model.moe.expert_bits),
@@ -128,7 +155,13 @@ def _check_bits(config: Config) -> None:
 
 def check_data(config: DataConfig) -> None:
     """Raise a ConfigError unless source and files fit together."""
-    check_name("data.source", config.source, [*CORPORA, "tokens", "multitask", *IMAGES])
+    check_name("data.source", config.source, [*CORPORA, "tokens", "mixture", "multitask", *IMAGES])
+    for corpus in config.mixture:
+        check_name("data.mixture.source", corpus.source, [*CORPORA, "tokens"])
+        try:
+            check_data(corpus_config(config, corpus))
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"data.mixture: {corpus.name}: {error}") from None
     if config.multitask is not None:
         for name in config.multitask.tasks:
             check_name("data.multitask.tasks", name, TASKS)
@@ -177,6 +210,15 @@ def _check_documents(config: Config) -> None:
             f"data.document_mask=true: model.attention.kind={config.model.attention.kind} sees across documents: use "
             "another kind, such as full or sliding, or leave the mask out"
         )
+
+
+def _check_lanes(config: Config) -> None:
+    for corpus in (config.data, *config.data.mixture):
+        if corpus.hf is not None and config.train.global_batch % corpus.hf.lanes:
+            raise ConfigError(
+                f"data.hf.lanes={corpus.hf.lanes} does not divide train.global_batch={config.train.global_batch}: "
+                f"use one of {_divisors(config.train.global_batch)}"
+            )
 
 
 def check_name(key: str, name: str, known: Iterable[str]) -> None:

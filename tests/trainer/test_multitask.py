@@ -241,7 +241,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path: Path):
     for together, other in run_distributed(curve, 2, tmp_path, mixed, init=False):
         np.testing.assert_allclose(together, alone, rtol=1e-5)
         assert other.loss == pytest.approx(evaluation.loss, rel=1e-6)
-        assert other.loss_by_task == pytest.approx(evaluation.loss_by_task, rel=1e-6)
+        assert other.loss_by_group == pytest.approx(evaluation.loss_by_group, rel=1e-6)
 
 
 def train_run(directory: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Versions of the library before 4.0 could run code of a data set; they are not ac
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,70 @@ def texts_of(rows: Iterable[dict[str, Any]], config: HFConfig) -> Iterator[str]:
                 f"data.hf.text_key={config.text_key}: holds {type(text).__name__}, not text; name another column"
             )
         yield text or ""
+
+
+def open_lane(dataset: Any, lane: int, lanes: int) -> Any:
+    """Part `lane` of `lanes` of a stream: whole files if they can be shared out evenly, or else every so many rows."""
+    from datasets.distributed import split_dataset_by_node
+
+    return split_dataset_by_node(dataset, lane, lanes)
+
+
+def training_texts(rows: Iterable[dict[str, Any]], config: DataConfig) -> Generator[str, None, None]:
+    """The texts of a stream that train: those that `hf_corpus` would have trained on."""
+    assert config.hf is not None
+    for text in texts_of(rows, config.hf):
+        if config.hf.valid_split is not None or row_place(text) >= config.valid_fraction:
+            yield text
+
+
+def stream_validation(config: DataConfig) -> list[Row]:
+    """The first `data.hf.valid_mib` of a stream's texts that validate.
+
+    Raises:
+        DataError: there are none.
+    """
+    assert config.hf is not None
+    split = config.hf.valid_split or config.hf.train_split
+    rows: list[Row] = []
+    left = config.hf.valid_mib * 2**20
+    for number, text in enumerate(texts_of(load_split(config, split, streaming=True), config.hf)):
+        if config.hf.valid_split is None and row_place(text) >= config.valid_fraction:
+            continue
+        rows.append(Row(f"row {number}", text))
+        left -= len(text.encode())
+        if left <= 0:
+            break
+    if not rows:
+        raise DataError(
+            f"data={describe(config)}: no row validates; raise data.valid_fraction or set data.hf.valid_split"
+        )
+    return rows
+
+
+def pinned_revision(config: DataConfig) -> DataConfig:
+    """`config` with the commit that the hub has now, so that a stream cannot change while it is read."""
+    import huggingface_hub
+
+    hf = config.hf
+    assert hf is not None
+    if hf.name is None or Path(hf.name).exists():
+        return config
+    try:
+        commit = huggingface_hub.HfApi().dataset_info(hf.name, revision=hf.revision).sha
+    except Exception as error:  # of the network, of the hub, or of its answer
+        raise DataError(f"data.hf.name={hf.name}: the hub does not answer ({str(error).splitlines()[0]})") from None
+    return replace(config, hf=replace(hf, revision=commit))
+
+
+def stream_identity(config: DataConfig) -> dict[str, Any]:
+    """What tells a stream from any other: settings, and the commit or the names and sizes of files, not their bytes."""
+    files = [path for entry in config.files for path in expand(entry)]
+    return {
+        "hf": asdict(config.hf) if config.hf else None,
+        "valid_fraction": config.valid_fraction,
+        "files": sorted([path.name, path.stat().st_size] for path in files),
+    }
 
 
 def describe(config: DataConfig) -> str:

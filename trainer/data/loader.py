@@ -75,7 +75,7 @@ class Loader:
         """The data of a step, each micro-batch to be loaded when it is needed."""
         train, samples = self._config.train, self._data.train
         order, seed = self._config.data.order, self._config.seed
-        numbers = step_numbers(order, seed, step, train.global_batch, len(samples))
+        numbers = step_numbers(order, seed, step, train.global_batch, len(samples), self._data.mixture)
         count, micro_batches = train.global_batch // train.micro_batch, []
         for index in range(self._first, count, self._stride):
             own = numbers[index * train.micro_batch : (index + 1) * train.micro_batch]

@@ -120,7 +120,7 @@ class TaskPairs:
             "task_B": torch.from_numpy(self.task_of_pair[pairs]),
             "sample_B": torch.from_numpy(pairs),
         }
-        return Batch(inputs, target_BT)
+        return Batch(inputs, target_BT, inputs["task_B"])
 
     def num_targets(self, numbers: Sequence[int]) -> int:
         """See `Samples`: every token of a target, its end included."""

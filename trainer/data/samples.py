@@ -16,6 +16,7 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Tensor]
     targets: Tensor  # int64, the shape of the model's logits without their last dimension; IGNORED: none wanted
+    group_B: Tensor | None = None  # int64 on the host: which of `Data.groups` each sample belongs to
 
     def to(self, device: object) -> "Batch":
         """The same on a device, but for the samples' numbers, which are read on the host alone.
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
     def _with(self, place: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: x if name == "sample_B" else place(x) for name, x in self.inputs.items()}
-        return Batch(inputs, place(self.targets))
+        return Batch(inputs, place(self.targets), self.group_B)
 
 
 class Samples(Protocol):

@@ -64,6 +64,6 @@ def test_a_folder_with_something_else_is_left_alone(folder: Path, tmp_path: Path
     made = prepare(text_config(tmp_path, folder), tmp_path / "prepared", silent)
     with pytest.raises(DataError, match="prepared: holds tokens of another corpus"):
         prepare(text_config(tmp_path, folder, tokenizer=BPE), made, silent)
-    with pytest.raises(DataError, match=r"texts/train\.json: no such file"):
+    with pytest.raises(DataError, match=r"texts/valid\.json: no such file"):
         prepare(text_config(tmp_path, folder), folder, silent)
     assert load_tokenizer(made).vocab_size == 257
