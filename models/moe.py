@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, N = B·T tokens, D model width, E experts of the layer, K experts for each token.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher
         self.router = build_router(moe.router, config.dim, dispatcher.num_experts, config.vocab_size, config.num_tasks)
         self.capacity = Capacity(moe, dispatcher.num_experts)
+        self.slots_E: Tensor | None = None  # int64, where each expert lives among all; None: in the order of numbers
+        self.observe: Callable[[Tensor], None] | None = None  # sees the experts [N, K] of each micro-batch in training
         self.cache: AssignmentCache[MoEStats] | None = None
         if moe.cache.enabled:
             self.cache = AssignmentCache(moe.cache, dispatcher.num_experts)
@@ -87,7 +90,9 @@ class MoELayer(nn.Module):
             return kept
         routing: Routing = self.router(x_ND, about)
         filled = self.capacity(routing)
-        planned = self.dispatcher.plan(x_ND, filled.ids_NK, filled.weights_NK)
+        if self.observe is not None and self.training:
+            self.observe(filled.ids_NK)
+        planned = self.dispatcher.plan(x_ND, self._slots(filled.ids_NK), filled.weights_NK)
         dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         zero = torch.zeros_like(dropped)
         tokens = torch.full_like(dropped, len(routing.weights_NK))
@@ -98,6 +103,12 @@ class MoELayer(nn.Module):
             cache.keep(samples, planned, stats._replace(losses={}, replayed=zero + 1))
             stats = stats._replace(**cache.compare(samples, about, filled.ids_NK)._asdict())
         return planned, stats
+
+    def _slots(self, ids_NK: Tensor) -> Tensor:
+        """Where experts live, by their numbers; a negative one, of a dropped assignment, stays."""
+        if self.slots_E is None:
+            return ids_NK
+        return torch.where(ids_NK >= 0, self.slots_E[ids_NK.clamp(min=0)], ids_NK)
 
     def idle(self) -> MoEStats:
         """The statistics of a pass that leaves the layer out."""

@@ -84,7 +84,7 @@ def _assumed(timer: Timer) -> str:
     sentences = (
         f"a node has {cards} cards of {cluster.inter_gbps:g} Gbit/s, a GPU a port of {gpu.link_bytes_s / 1e9:.0f} GB/s "
         "inside it, each used in full",
-        f"a message between nodes takes {cluster.message_us:g} µs of a processor and {cluster.latency_us:g} µs on its way",
+        f"a message between nodes takes {cluster.message_us:g} µs of a processor, {cluster.latency_us:g} µs on its way",
         f"matrix products reach {cluster.efficiency:.0%} of {timer.peak_flops / 1e12:.0f} TFLOP/s",
         "gradients are summed after the last backward pass (ddp, zero), or beside dense arithmetic (fsdp)",
         "AdamW; uniform routing; ranks in step",

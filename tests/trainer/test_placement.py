@@ -1,0 +1,95 @@
+"""Experts that move: nothing changes but where rows travel."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_distributed
+from tests.tiny import tiny_config, write_corpus
+from twohop.trainer.config import PlacementConfig
+from twohop.trainer.errors import ConfigError
+from twohop.trainer.initial import start_weights
+from twohop.trainer.loop import train_step
+from twohop.trainer.setup import set_up
+from twohop.trainer.validate import validate
+
+
+def few_steps(directory: Path, placement: str) -> dict[str, Any]:
+    """5 steps, with a look at the load after each second one; what they measured, and what a checkpoint would hold."""
+    extra = [] if placement == "contiguous" else ["placement.every=2", "placement.sample=100"]
+    config = tiny_config(directory, "comm.ranks_per_node=2", f"placement.name={placement}", *extra)
+    run = set_up(config, directory, torch.device("cpu"))
+    start_weights(run)
+    steps, norms, moves = [], [], []
+    for step in range(5):
+        record = train_step(run, step)
+        steps.append((record["loss"], record["moe"]))
+        norms.append(record["grad_norm"])
+        if (moved := run.placement.after_step(step + 1)) is not None:
+            moves.append((step + 1, moved["layers"]))
+    state = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in run.state().items()}
+    layers = [layer for _, layer in run.model.moe_layers()]
+    return {
+        "steps": steps,
+        "norms": norms,
+        "moves": moves,
+        "state": {name: tensor.clone() for name, tensor in state.items()},
+        "slots": [None if layer.slots_E is None else layer.slots_E.tolist() for layer in layers],
+    }
+
+
+@pytest.mark.parametrize("placement", ["balanced", "affinity"])
+def test_moves_change_no_bit_of_training_and_checkpoints_know_nothing_of_them(tmp_path: Path, placement: str) -> None:
+    write_corpus(tmp_path)
+    still = run_distributed(few_steps, 4, tmp_path, "contiguous")
+    moving = run_distributed(few_steps, 4, tmp_path, placement)
+    for a, b in zip(still, moving, strict=True):
+        assert a["steps"] == b["steps"]
+        # The norm adds the squares of a rank's experts in fp64, so that its last bits know where experts are.
+        assert b["norms"] == pytest.approx(a["norms"], rel=1e-13)
+        assert a["state"].keys() == b["state"].keys()
+        for name in a["state"]:
+            assert torch.equal(a["state"][name], b["state"][name]), name
+    assert (still[0]["slots"], still[0]["moves"]) == ([None, None], [])
+    assert [step for step, _ in moving[0]["moves"]] == [2, 4]
+    assert all(result["slots"] == moving[0]["slots"] and result["moves"] == moving[0]["moves"] for result in moving)
+    assert any(slots is not None and slots != sorted(slots) for slots in moving[0]["slots"])
+    key = "rank_load" if placement == "balanced" else "rows_between_nodes"
+    for _, layers in moving[0]["moves"]:
+        for entry in layers.values():
+            better = entry["after"][key] < entry["before"][key]
+            assert better if entry["moved"] else entry["before"] == entry["after"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["placement.name=best"], r"placement=best: unknown"),
+        (["placement.name=affinity", "engine.name=fsdp"], r"placement=affinity does not go with engine\.name=fsdp"),
+        (["placement.name=balanced", "engine.precision=bf16_params"], r"engine\.precision=bf16_params: masters"),
+        (["placement.name=balanced", "model.moe.cache.enabled=true", "data.order=batches"], r"moe\.cache\.enabled"),
+        (
+            ["placement.name=affinity", "model.moe.router.name=sigmoid", "model.moe.router.groups=2",
+             "model.moe.router.top_groups=1", "model.moe.router.jitter=0"],
+            r"model\.moe\.router\.groups=2: groups are experts of one node",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_move_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny_config(tmp_path, *overrides), 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"every": 5}, r"placement\.every=5 has no use with placement=contiguous"),
+        ({"sample": 0}, r"placement\.sample=0"),
+    ],
+)
+def test_impossible_values_are_refused(keys: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlacementConfig(**keys)

@@ -1,0 +1,23 @@
+"""Where experts live."""
+
+from dataclasses import dataclass
+
+from twohop.trainer.config.checks import require, require_at_least
+
+
+@dataclass
+class PlacementConfig:
+    """Which rank of its EP group an expert lives on: contiguous, or by measured load: balanced or affinity."""
+
+    name: str = "contiguous"
+    every: int = 100  # steps from one look at the load to the next, and a move if it is worth it
+    sample: int = 8192  # tokens of all ranks together, the last ones, by which a layer's placement is decided
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "placement", self, "every", "sample")
+        for key in ("every", "sample"):
+            value = getattr(self, key)
+            require(
+                self.name != "contiguous" or value == getattr(PlacementConfig, key),
+                f"placement.{key}={value} has no use with placement=contiguous: add placement=affinity or leave it out",
+            )

@@ -1,0 +1,135 @@
+"""Experts move to where load and friends are, at a step boundary, with their optimizer state (`placement=…`).
+
+A layer's tokens are looked at as they are routed. Every few steps a new placement is decided from the last ones, and
+rows of experts go to their new slots, moments and all. Routers, losses and checkpoints know experts by number and see
+nothing of it.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twohop.comm.move import move_rows
+from twohop.comm.placement import Indices, Quality, Sample, place, quality
+from twohop.comm.wire import format_of
+from twohop.comm.wiring import Direction
+from twohop.models.moe import MoELayer
+from twohop.trainer.config import Config
+from twohop.trainer.engines import Engine
+from twohop.trainer.engines.ddp import DdpEngine
+from twohop.trainer.world import exchanging, gather_objects, rank, say, world_size
+
+WORTH_IT = 0.01  # a move must make what it is for better by this part
+
+
+class Placement:
+    """The experts of one model. Every rank of the world must call `after_step`, after the same steps."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        self.engine, self.config = engine, config.placement
+        self.by_node = config.comm.dispatcher in ("dedup", "auto")
+        formats = [format_of(config.comm.wire, direction, crosses_nodes=True) for direction in Direction]
+        self.row_bytes = sum(wire.row_bytes(config.model.dim, torch.float32) for wire in formats)
+        self._seen: dict[str, Tensor] = {}  # layer -> ids [T, K], the newest first
+        if self.config.name != "contiguous":
+            for name, layer in engine.model.moe_layers():
+                layer.observe = partial(self._observe, name)
+
+    def _observe(self, name: str, ids_NK: Tensor) -> None:
+        seen = [ids_NK, self._seen[name]] if name in self._seen else [ids_NK]
+        self._seen[name] = torch.cat(seen)[: -(-self.config.sample // world_size())]
+
+    def after_step(self, done: int) -> dict[str, Any] | None:
+        """Decide and move, if it is time after `done` steps; returns a record for metrics.jsonl, and rank 0 tells.
+
+        Of each layer the record has how many experts moved, and before and after: rows that a token sends between
+        nodes, their bytes forward and backward, and the load of the fullest rank ÷ mean, all as of the sample.
+
+        Raises CommError if a rank died or did not answer.
+        """
+        if not self._seen or done % self.config.every:
+            return None
+        started = time.perf_counter()
+        layers = {name: layer for name, layer in self.engine.model.moe_layers() if name in self._seen}
+        samples = gather_objects(
+            [(_node(layer), self._seen[name].int().cpu().numpy()) for name, layer in layers.items()]
+        )
+        decided = None
+        if rank() == 0:
+            decided = [
+                self._decide(layer, [of_rank[i] for of_rank in samples]) for i, layer in enumerate(layers.values())
+            ]
+        record, rows = {}, gather_objects(decided)[0]
+        assert rows is not None
+        for (name, layer), (slots_E, before, after) in zip(layers.items(), rows, strict=True):
+            moved = int((slots_E != _slots(layer)).sum())
+            if moved:
+                self._move(layer, torch.from_numpy(slots_E))
+            record[name] = {"moved": moved, "before": self._entry(before), "after": self._entry(after)}
+        self._seen.clear()
+        seconds = time.perf_counter() - started
+        if any(entry["moved"] for entry in record.values()):
+            say(f"step {done}: {_in_words(record)}, in {seconds:.2f} s")
+        return {"layers": record, "seconds": seconds}
+
+    def _decide(self, layer: MoELayer, seen: list[tuple[int, np.ndarray]]) -> tuple[Indices, Quality, Quality]:
+        """The slots, which are as they were unless others are better, and what both mean for the sample."""
+        ids_TK = np.concatenate([ids for _, ids in seen]).astype(np.int64)
+        node_T = np.concatenate([np.full(len(ids), node) for node, ids in seen])
+        sample = Sample(ids_TK, node_T, layer.dispatcher.num_experts)
+        block, now_E = _block(layer), _slots(layer)
+        slots_E = place(self.config.name, sample.load(), sample.together(), block)
+        before, after = (quality(sample, slots, block, self.by_node) for slots in (now_E, slots_E))
+        key = "crossing_rows" if self.config.name == "affinity" and block[0] > 1 else "rank_load"
+        if getattr(after, key) > (1 - WORTH_IT) * getattr(before, key):
+            return now_E, before, before
+        return slots_E, before, after
+
+    @torch.no_grad()
+    def _move(self, layer: MoELayer, slots_E: Tensor) -> None:
+        assert isinstance(self.engine, DdpEngine)  # `validate` has seen to it
+        before_E, topology = torch.from_numpy(_slots(layer)), layer.dispatcher.topology
+        with exchanging("placement of experts"):
+            for parameter in layer.experts.parameters():
+                state = self.engine.optimizer.state.get(parameter, {})
+                for tensor in (parameter, *(value for value in state.values() if value.shape == parameter.shape)):
+                    tensor.copy_(move_rows(tensor, before_E, slots_E, topology))
+        layer.slots_E = slots_E.to(next(layer.experts.parameters()).device)
+
+    def _entry(self, found: Quality) -> dict[str, float]:
+        rows = found.crossing_rows
+        return {"rows_between_nodes": rows, "bytes_between_nodes": rows * self.row_bytes, "rank_load": found.rank_load}
+
+
+def _slots(layer: MoELayer) -> Indices:
+    if layer.slots_E is None:
+        return np.arange(layer.dispatcher.num_experts)
+    slots_E: Indices = layer.slots_E.cpu().numpy()
+    return slots_E
+
+
+def _block(layer: MoELayer) -> tuple[int, int]:
+    """(nodes, ranks of each) of the layer's EP group."""
+    *outer, local = layer.dispatcher.topology.block
+    return int(np.prod(outer)), local
+
+
+def _node(layer: MoELayer) -> int:
+    return layer.dispatcher.topology.ep_rank // _block(layer)[1]
+
+
+def _in_words(record: dict[str, Any]) -> str:
+    moved = sum(entry["moved"] for entry in record.values())
+    means = {
+        when: [np.mean([entry[when][key] for entry in record.values()]) for key in ("rows_between_nodes", "rank_load")]
+        for when in ("before", "after")
+    }
+    (rows, load), (later_rows, later_load) = means["before"], means["after"]
+    return (
+        f"{moved} experts moved; a token sends {rows:.2f} → {later_rows:.2f} rows between nodes, "
+        f"the fullest rank has {load:.2f} → {later_load:.2f} of the mean load"
+    )
