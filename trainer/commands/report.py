@@ -8,7 +8,7 @@ from twohop.trainer.stored import take_run
 def main(args: list[str]) -> int:
     """Write the report and print its path; return the exit code."""
     if {"-h", "--help"} & set(args):
-        print("usage: twohop report run=DIR\n\nwrites DIR/report.html: loss, speed, time by phase, expert load, bytes of hops")
+        print("usage: twohop report run=DIR\n\nwrites DIR/report.html: loss, time by phase, expert load, bytes of hops")
         return 0
     run_dir, rest = take_run("report", args)
     if rest:
