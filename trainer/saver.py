@@ -29,7 +29,14 @@ class Saver:
         if run.config.checkpoint.asynchronous:
             on_gpu = run.device.type == "cuda"
             # Keeps its memory: a save starts only when the one before has been written.
-            self._stager = DefaultStager(StagingOptions(on_gpu, on_gpu, False, False))
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=on_gpu,
+                    use_non_blocking_copy=on_gpu,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                )
+            )
             if world_size() > 1:
                 # Writing may take longer than any step: the long patience, not that of training.
                 patience = timedelta(seconds=run.config.comm.init_timeout_s)
