@@ -32,6 +32,7 @@ class PhaseClock:
         self._marks: list[tuple[Any, str | None]] = []  # (moment, what begins then; None: not counted)
         self._open: list[tuple[str, str]] = []  # (phase, detail) that this rank is in, outermost first
         self._what: str | None = None  # of `running`
+        self._since = 0.0  # when it began to run, by the machine's monotonic clock
 
     def phase(self, name: str, detail: str = "") -> "_Phase":
         """A context manager: what happens inside counts as `name`; `detail` is for profiles and `where`."""
@@ -40,7 +41,7 @@ class PhaseClock:
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
         """Count what happens inside, such as "step 7"; not to be nested."""
-        self._what = what
+        self._what, self._since = what, time.monotonic()
         self._mark(OTHER)
         try:
             yield
@@ -64,6 +65,11 @@ class PhaseClock:
                 seconds[name] = seconds.get(name, 0.0) + passed
         self._marks = marks[-1:]
         return seconds
+
+    def running_for(self) -> tuple[str | None, float]:
+        """What `running` was told and for how long it has been running, in seconds; (None, 0) outside of it."""
+        what = self._what
+        return what, 0.0 if what is None else time.monotonic() - self._since
 
     def where(self) -> str:
         """What this rank is doing right now, such as "step 7: forward > dispatch"; may be asked by another thread."""

@@ -114,7 +114,9 @@ def _collect(team: list[Worker], deadline: float, timeout: float, lost: Collecti
 def _serve(pipe: Connection) -> None:
     """A worker's life: one task after the other, until the parent closes the pipe."""
     torch.set_num_threads(1)
-    clean_env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # torch reads the size of its flight recorder once in a process: as `join_world` sets it.
+    recorder = {"TORCH_FR_BUFFER_SIZE": "2000"}
+    clean_env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | recorder
     while True:
         try:
             task = pipe.recv_bytes()

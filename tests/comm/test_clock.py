@@ -25,7 +25,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: time.now))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: time.now, monotonic=lambda: time.now))
     return time
 
 
@@ -54,6 +54,10 @@ def test_a_phase_has_the_time_that_no_inner_one_takes(time: Time) -> None:
         assert watch.lap() == {"b": 256, OTHER: 0}
     assert watch.lap() == {OTHER: 0}
     assert watch.lap() == {}
+    assert watch.running_for() == (None, 0)
+    with watch.running("step 3"):
+        time.pass_by(7)
+        assert watch.running_for() == ("step 3", 7)
 
 
 def test_where_a_rank_is_and_where_an_exception_was_raised() -> None:
