@@ -31,7 +31,6 @@ class Piece(NamedTuple):
 
     tokens: np.ndarray
     rows: Any  # the state of the stream before them; None: its beginning
-    passed: int  # how often the stream had been read to its end
 
 
 class Lane:
@@ -58,7 +57,7 @@ class Lane:
         self._open_rows, self._texts_of, self._tokenizer = open_rows, texts_of, tokenizer
         self._seq_len, self._block, self._bookmarks = seq_len, block, bookmarks
         self._number, self._windows = -1, np.zeros(0)  # the block in memory
-        self._start(None, 0, 0)
+        self._start(None, 0)
 
     def block(self, number: int) -> np.ndarray:
         """The windows number · block, …: [block, seq_len + 1]."""
@@ -71,12 +70,12 @@ class Lane:
                 self._number, self._next = self._next, self._next + 1
         return self._windows
 
-    def _start(self, rows: Any, passed: int, block: int, offset: int = 0) -> None:
+    def _start(self, rows: Any, block: int, offset: int = 0) -> None:
         """Go to a state of the stream, at which the piece with the first token of a block begins."""
         self._rows = self._open_rows()
         if rows is not None:
             self._rows.load_state_dict(rows)
-        self._state, self._passed, self._next = rows, passed, block
+        self._state, self._next = rows, block
         self._iterate()
         self._pieces: deque[Piece] = deque()
         self._offset = offset  # of the next window in the first piece
@@ -88,33 +87,33 @@ class Lane:
         weakref.finalize(self, self._texts.close)
 
     def _window(self) -> np.ndarray:
-        stop = self._offset + self._seq_len + 1
-        while sum(len(piece.tokens) for piece in self._pieces) < stop:
+        size = self._seq_len + 1
+        while sum(len(piece.tokens) for piece in self._pieces) < self._offset + size:
             self._read()
-        window = np.concatenate([piece.tokens for piece in self._pieces])[self._offset : stop]
+        parts = [self._pieces[0].tokens[self._offset : self._offset + size]]
         self._offset += self._seq_len
-        while self._offset >= len(self._pieces[0].tokens):
+        while self._offset >= len(self._pieces[0].tokens):  # never past the last token, which the next window shares
             self._offset -= len(self._pieces.popleft().tokens)
-        return window
+            parts.append(self._pieces[0].tokens[: size - sum(map(len, parts))])
+        return np.concatenate(parts)
 
     def _read(self) -> None:
         """Tokenise some rows more."""
         texts = list(islice(self._texts, _ROWS_AT_ONCE))
         if texts:
             ids = [i for text in self._tokenizer.encode_batch(texts) for i in (*text, self._tokenizer.end_of_document)]
-            self._pieces.append(Piece(np.array(ids, dtype=np.int64), self._state, self._passed))
+            self._pieces.append(Piece(np.array(ids, dtype=np.int64), self._state))
             self._state, self._is_empty = self._rows.state_dict(), False
             return
         if self._is_empty:
             raise DataError("data.hf.streaming=true: a part of the stream has no text; use fewer data.hf.lanes")
-        self._rows, self._state = self._open_rows(), None
-        self._passed, self._is_empty = self._passed + 1, True
+        self._rows, self._state, self._is_empty = self._open_rows(), None, True
         self._iterate()
 
     def _leave_bookmark(self) -> None:
         """Write down where the next block begins, and forget bookmarks that others stand close to."""
-        first = self._pieces[0] if self._pieces else Piece(np.zeros(0), self._state, self._passed)
-        mark = {"rows": first.rows, "passed": first.passed, "offset": self._offset}
+        first = self._pieces[0] if self._pieces else Piece(np.zeros(0), self._state)
+        mark = {"rows": first.rows, "offset": self._offset}
         path = self._bookmarks / f"{self._next:09d}.json"
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -137,16 +136,16 @@ class Lane:
                 continue
             try:
                 mark = json.loads((self._bookmarks / f"{marked:09d}.json").read_text())
-                self._start(mark["rows"], mark["passed"], marked, mark["offset"])
+                self._start(mark["rows"], marked, mark["offset"])
                 return
             except (OSError, ValueError, KeyError):  # another rank has removed it, or it is damaged
                 continue
-        self._start(None, 0, 0)
+        self._start(None, 0)
 
 
 def _is_kept(number: int, newest: int) -> bool:
     """Whether the bookmark of a block is worth its place: the older, the fewer, so that some 16 stay of each age."""
-    return number % (1 << ((newest - number) // 16).bit_length()) == 0
+    return number % (1 << (max(0, newest - number) // 16).bit_length()) == 0
 
 
 class StreamWindows:

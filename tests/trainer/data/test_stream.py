@@ -131,6 +131,7 @@ def test_bookmarks_stay_few() -> None:
         kept = [number for number in [*kept, newest] if _is_kept(number, newest)]
     assert kept[-16:] == list(range(4984, 5000))
     assert len(kept) < 16 * 10
+    assert all(_is_kept(number, 0) for number in kept)  # those ahead of a run that begins again
     assert all(4999 - before < 1.2 * (4999 - after) + 16 for before, after in pairwise(kept))
 
 
