@@ -247,6 +247,9 @@ class Shell:
             ".venv/bin/python": self.python,  # under sudo, which knows no environment
             "pytest": lambda args: self.exist([arg for arg in args if "/" in arg]),
             "source": lambda args: None,  # .venv is there once `make` has run
+            "srun": self.srun,
+            "pip": lambda args: self.extra(args[-1]),
+            "docker": lambda args: self.exist(["Dockerfile"]),
         }
         assert program in known, f"{program}: the tests know no such command"
         known[program](args)
@@ -273,7 +276,8 @@ class Shell:
             assert not stop.value.code
             return
         assert cli.run(args) == 0, args
-        assert len(self.started) > before or "--cfg" in args, f"{args} started nothing"
+        silent = {"--cfg", "dry_run=true"} & set(args)
+        assert len(self.started) > before or silent, f"{args} started nothing"
 
     def torchrun(self, args: list[str]) -> None:
         options: dict[str, str] = {}
@@ -290,6 +294,22 @@ class Shell:
             environment.setenv("RANK", "0")
             environment.setenv("WORLD_SIZE", str(ranks))
             self.twohop(args[2:] if named else ["train", *args[2:]])
+
+    def srun(self, args: list[str]) -> None:
+        nodes, tasks = (arg.split("=")[1] for arg in args[:2])
+        with self.monkeypatch.context() as environment:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                environment.setenv(name, "")  # so that it is taken back
+                environment.delenv(name)
+            step = {"JOB_ID": "1", "STEP_ID": "0", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
+            step |= {"STEP_NODELIST": "localhost", "STEP_TASKS_PER_NODE": f"{tasks}(x{nodes})"}
+            for name, value in step.items():
+                environment.setenv(f"SLURM_{name}", value)
+            self.check(args[2:])
+
+    def extra(self, package: str) -> None:
+        name = package.split("[")[1].rstrip("]")
+        assert re.search(rf"^{name} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), name
 
     def netlab(self, args: list[str]) -> None:
         with self.monkeypatch.context() as patch:
@@ -323,12 +343,15 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: None) -> Sh
 
     def started(*args: Any) -> dict:
         made.started.append(args)
-        return {}
+        return {"valid_loss": 1.0}
 
     for place in ("commands.train", "commands.bench", "stored"):
         monkeypatch.setattr(f"twohop.trainer.{place}.start", started)
+    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.BaseSubmititLauncher"
+    monkeypatch.setattr(f"{launcher}.launch", lambda *args, **options: started(args) and [])
     monkeypatch.setattr("twohop.trainer.commands.prepare.prepare", lambda *args: started(*args) or tmp_path)
     monkeypatch.setattr("twohop.trainer.commands.report.write_report", lambda run_dir: started(run_dir))
+    monkeypatch.setattr("twohop.trainer.plan.run.make_plan", lambda config: started(config)["valid_loss"])
     return made
 
 

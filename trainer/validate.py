@@ -3,7 +3,6 @@
 What one group can know by itself is checked in its `__post_init__`.
 """
 
-from collections.abc import Iterable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,17 +16,15 @@ from twohop.comm.wire import FORMATS
 from twohop.models.attention import build_attention
 from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
-from twohop.trainer.cli import suggest
-from twohop.trainer.config import CommConfig, Config, DataConfig, DataOrder, Precision, TrainConfig
-from twohop.trainer.data.build import CORPORA, corpus_config
-from twohop.trainer.data.images import IMAGES
-from twohop.trainer.data.multitask import TASKS
+from twohop.trainer.config import CommConfig, Config, DataOrder, Precision, TrainConfig
 from twohop.trainer.distill import teacher_config
 from twohop.trainer.engines import ENGINES
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.launch import check_port, joins_outer_launcher
 from twohop.trainer.optim import OPTIMIZERS
 from twohop.trainer.trackers import TRACKERS
+from twohop.trainer.validate_data import check_data, check_data_fits
+from twohop.trainer.validate_names import check_name, divisors
 
 
 def validate(config: Config, world_size: int, training: bool = True) -> None:
@@ -48,9 +45,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     if training:
         _check_causal(config.model)
     check_data(config.data)
-    _check_kind(config)
-    _check_documents(config)
-    _check_lanes(config)
+    check_data_fits(config)
     _check_layout(config, world_size)
     _check_lengths(config, world_size)
     if training:
@@ -133,6 +128,11 @@ def _check_placement(config: Config) -> None:
         reasons[f"{side}.moe.cache.enabled=true"] = (
             moe.cache.enabled and "its plans know where experts were: disable it"
         )
+        reasons[f"{side}.moe.router.top_k=1"] = (
+            config.placement.name == "affinity"
+            and moe.router.top_k == 1
+            and "tokens have one expert, and it no friends: use placement=balanced"
+        )
         reasons[f"{side}.moe.router.groups={moe.router.groups}"] = (
             moe.router.groups > 1 and "groups are experts of one node, which must stay together: use groups=1"
         )
@@ -151,81 +151,6 @@ def _check_bits(config: Config) -> None:
                 f"{key}={bits}: experts of few bits have no gradients; train without, then "
                 "`twohop evaluate eval.expert_bits` or `twohop export format=quantized`"
             )
-
-
-def check_data(config: DataConfig) -> None:
-    """Raise a ConfigError unless source and files fit together."""
-    check_name("data.source", config.source, [*CORPORA, "tokens", "mixture", "multitask", *IMAGES])
-    for corpus in config.mixture:
-        check_name("data.mixture.source", corpus.source, [*CORPORA, "tokens"])
-        try:
-            check_data(corpus_config(config, corpus))
-        except (ValueError, ConfigError) as error:
-            raise ConfigError(f"data.mixture: {corpus.name}: {error}") from None
-    if config.multitask is not None:
-        for name in config.multitask.tasks:
-            check_name("data.multitask.tasks", name, TASKS)
-        return  # its text is that of data.files, or the standard library's
-    if config.source in IMAGES:
-        for key in ("files", "tokenizer", "max_mib"):
-            value = getattr(config, key)
-            if value != getattr(DataConfig(), key):
-                raise ConfigError(f"data.{key}={value} has no use with data={config.source}: leave it out")
-        return
-    if config.source == "stdlib" and config.files:
-        raise ConfigError(f"data.files={config.files} has no use with data=stdlib: add data=text or data=tokens")
-    needed = {"text": "a file, folder or glob", "tokens": "the folder that `twohop prepare` has written"}
-    if config.source in needed and not config.files:
-        wanted = needed[config.source]
-        raise ConfigError(f"data.files is not set: data={config.source} needs {wanted}, as in data.files=PATH")
-
-
-def _check_kind(config: Config) -> None:
-    """Images need a ViT and pairs an encoder-decoder; all else is for decoders."""
-    kind, source = config.model.kind, config.data.source
-    special = dict.fromkeys(IMAGES, ModelKind.vit) | {"multitask": ModelKind.encoder_decoder}
-    wanted = special.get(source, ModelKind.decoder)
-    if kind is not wanted:
-        cures = {ModelKind.vit: "add model=vmoe", ModelKind.encoder_decoder: "add model=task_moe"}
-        fitting = next((name for name, other in special.items() if other is kind), "stdlib")
-        cure = cures.get(wanted, f"add data={fitting}")
-        raise ConfigError(f"model.kind={kind.value} cannot learn from data.source={source}: {cure}")
-    router = config.model.moe.router.name
-    if kind is ModelKind.vit and "vocab_size" in ROUTERS[router].sizes:
-        raise ConfigError(f"model.moe.router.name={router}: patches have no ids in a vocabulary; use noisy")
-
-
-def _check_documents(config: Config) -> None:
-    if not config.data.document_mask:
-        return
-    if config.model.kind is not ModelKind.decoder:
-        raise ConfigError(
-            f"data.document_mask=true has no use with model.kind={config.model.kind.value}, whose sequences hold one "
-            "thing each: leave it out"
-        )
-    with torch.device("meta"):
-        separates = build_attention(config.model).separates_documents
-    if not separates:
-        raise ConfigError(
-            f"data.document_mask=true: model.attention.kind={config.model.attention.kind} sees across documents: use "
-            "another kind, such as full or sliding, or leave the mask out"
-        )
-
-
-def _check_lanes(config: Config) -> None:
-    for corpus in (config.data, *config.data.mixture):
-        if corpus.hf is not None and config.train.global_batch % corpus.hf.lanes:
-            raise ConfigError(
-                f"data.hf.lanes={corpus.hf.lanes} does not divide train.global_batch={config.train.global_batch}: "
-                f"use one of {_divisors(config.train.global_batch)}"
-            )
-
-
-def check_name(key: str, name: str, known: Iterable[str]) -> None:
-    """Raise a ConfigError unless `name`, the value of `key`, is known."""
-    names = list(known)
-    if name not in names:
-        raise ConfigError(f"{key}={name}: unknown{suggest(name, names)}; use one of {', '.join(names)}")
 
 
 def _check_comm(comm: CommConfig) -> None:
@@ -307,7 +232,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     if comm.ranks_per_node is not None and world_size % comm.ranks_per_node:
         raise ConfigError(
             f"comm.ranks_per_node={comm.ranks_per_node} does not divide the {world_size} ranks of this run: "
-            f"use one of {_divisors(world_size)}, or change launch.nproc"
+            f"use one of {divisors(world_size)}, or change launch.nproc"
         )
     experts_by_layer = config.model.experts_by_layer
     if len(comm.ep_size) not in (0, 1, len(experts_by_layer)):
@@ -319,7 +244,7 @@ def _check_layout(config: Config, world_size: int) -> None:
         if world_size % size:
             raise ConfigError(
                 f"comm.ep_size={size} does not divide the {world_size} ranks of this run: "
-                f"use one of {_divisors(world_size)}, or change launch.nproc"
+                f"use one of {divisors(world_size)}, or change launch.nproc"
             )
     for size, experts in zip(comm.ep_sizes(experts_by_layer, world_size), experts_by_layer, strict=True):
         if experts % size:
@@ -327,7 +252,3 @@ def _check_layout(config: Config, world_size: int) -> None:
                 f"{experts} experts of a layer (model.moe.experts={config.model.moe.experts}) cannot be shared evenly "
                 f"by comm.ep_size={size}: use a multiple of {size} experts, or ep_size=null"
             )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
