@@ -30,7 +30,9 @@ FAULTS = "faults"
 def recording_faults(run: Run) -> Iterator[None]:
     """Around training, on every rank. Bad input and an orderly stop are no faults."""
     directory = run.directory / FAULTS
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-"))
+    if run.device.type == "cuda":
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(directory / "nccl-"))
+        directory.mkdir(exist_ok=True)  # NCCL's watchdog makes none
     over = threading.Event()
     watcher = threading.Thread(
         target=_watch, args=(run.clock, run.config.comm.timeout_s, directory, over), daemon=True, name="fault watcher"
@@ -47,6 +49,8 @@ def recording_faults(run: Run) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
+        with suppress(OSError):  # only an empty folder can be removed
+            directory.rmdir()
 
 
 def _watch(clock: PhaseClock, patience_s: float, directory: Path, over: threading.Event) -> None:
