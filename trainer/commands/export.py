@@ -3,7 +3,7 @@
 from twohop.trainer.config import ExportConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.stored import run_stored
-from twohop.trainer.validate import check_name
+from twohop.trainer.validate_names import check_name
 
 WORKER = "twohop.trainer.workers:export"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from twohop.trainer.app import run_app
 from twohop.trainer.config import PrepareConfig
 from twohop.trainer.data import prepare
-from twohop.trainer.validate import check_data
+from twohop.trainer.validate_data import check_data
 
 
 def main(args: list[str]) -> int:
