@@ -42,6 +42,7 @@ def run_stored(
         config.init = InitConfig()  # its weights are in the checkpoint
         config.distill = DistillConfig()  # a teacher teaches in training alone, and may be gone by now
         config.cluster = ClusterConfig()  # where it was trained is no matter here
+        config.train.compile = config.engine.fp8_experts = False  # neither is used outside of training
         if check is not None:
             check(config)
         nodes = find_nodes(config)

@@ -12,6 +12,8 @@ from tests.tiny import tiny_config
 from twohop.models import build_model
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.fp8 import CAPABILITY, fp8_grouped_linear, use_fp8_experts
+from twohop.trainer.run_folder import write_config
+from twohop.trainer.stored import run_stored
 
 COUNTS = [5, 0, 16, 19]
 has_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
@@ -68,3 +70,14 @@ def test_other_devices_are_refused(tmp_path: Path) -> None:
         use_fp8_experts(build_model(config.model))
     with pytest.raises(ValueError, match=r"add engine\.precision=bf16"):
         tiny_config(tmp_path, "engine.fp8_experts=true")
+
+
+def test_a_run_that_was_trained_with_it_is_evaluated_anywhere(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "engine.fp8_experts=true", "engine.precision=bf16", "train.compile=true")
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", config)
+    with patch("twohop.trainer.stored.start", return_value={}) as start:
+        assert run_stored("evaluate", [f"run={tmp_path / 'run'}"], "twohop.trainer.workers:evaluate") == 0
+    used = start.call_args.args[1]
+    assert not used.engine.fp8_experts
+    assert not used.train.compile
