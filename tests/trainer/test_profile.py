@@ -12,8 +12,10 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import write_corpus
 from tests.trainer.test_resources import PHASES
+from twohop.trainer import loop
 from twohop.trainer.config import ProfileConfig
 from twohop.trainer.errors import ConfigError
+from twohop.trainer.progress import Progress
 
 
 def ranges(trace: Path) -> list[dict[str, Any]]:
@@ -22,10 +24,17 @@ def ranges(trace: Path) -> list[dict[str, Any]]:
     return sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda event: event["ts"])
 
 
+def train(directory: Path, *overrides: str) -> None:
+    """The loop alone, without sample and report."""
+    run = runs.start(directory, *overrides)
+    run.directory.mkdir(exist_ok=True)
+    loop.train(run, 0, "", None, Progress(run.config.train.steps, False))
+
+
 def test_a_trace_of_every_rank_has_a_range_for_every_phase(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     profile = ["profile.enabled=true", "profile.skip=2", "profile.steps=2", "profile.every_rank=true", "train.steps=5"]
-    run_distributed(runs.train_run, 2, tmp_path, [*profile, "comm.chunks=2"], init=False)
+    run_distributed(train, 2, tmp_path, *profile, "comm.chunks=2", init=False)
     folder = tmp_path / "run" / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-1.json.gz"]
     for path in folder.iterdir():
@@ -45,7 +54,7 @@ def test_a_trace_of_every_rank_has_a_range_for_every_phase(tmp_path: Path) -> No
 
 def test_a_profile_that_does_not_fit_into_the_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"profile\.skip=2 and profile\.steps=2 are more than the 3 steps"):
-        runs.train_run(tmp_path, ["profile.enabled=true", "train.steps=3"])
+        train(tmp_path, "profile.enabled=true", "train.steps=3")
 
 
 @pytest.mark.parametrize(
