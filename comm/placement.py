@@ -41,8 +41,8 @@ class Sample:
         width = self.num_experts + 1  # the last is nowhere
         ids_TK = np.where(self.ids_TK >= 0, self.ids_TK, self.num_experts)
         pair_TKK = ids_TK[:, :, None] * width + ids_TK[:, None, :]
-        pairs_EE = np.bincount(pair_TKK.reshape(-1), minlength=width**2).reshape(width, width)[:-1, :-1]
-        pairs_EE = pairs_EE.astype(np.float64)
+        counts_EE = np.bincount(pair_TKK.reshape(-1), minlength=width**2).reshape(width, width)[:-1, :-1]
+        pairs_EE: Array = counts_EE.astype(np.float64)
         np.fill_diagonal(pairs_EE, 0)
         return pairs_EE
 

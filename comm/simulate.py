@@ -178,9 +178,8 @@ class _Run:
         from_n, peer_n = np.nonzero(real)
         in_turn = np.argsort(peers.turn_SP[from_n, peer_n], kind="stable")
         from_n, peer_n = from_n[in_turn], peer_n[in_turn]
-        to_n, crosses_n, bytes_n = (
-            part[from_n, peer_n] for part in (peers.to_SP, peers.crosses_SP.astype(np.int64), bytes_SP)
-        )
+        to_n, bytes_n = peers.to_SP[from_n, peer_n], bytes_SP[from_n, peer_n]
+        crosses_n = peers.crosses_SP[from_n, peer_n].astype(np.int64)
         network = self.network
 
         def by_level(name: str) -> Array:

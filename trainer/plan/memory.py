@@ -68,7 +68,7 @@ def memory_of(
     names = len(shape.dense_shapes) + sum(len(layer.expert_shapes) for layer in shape.layers)
     if engine == "fsdp":  # a block at work and the next, which is on its way
         largest = [*sorted(shape.block_sizes[:-1])[-2:], shape.block_sizes[-1]]
-        buffers = sum(largest) * (2 if precision is not Precision.fp32 else NUMBER)
+        buffers: float = sum(largest) * (2 if precision is not Precision.fp32 else NUMBER)
     else:
         buffers = gradient * held if engine == "ddp" and world > 1 else 2 * BUCKET
     rows = micro_batch * seq_len * shape.config.moe.router.top_k
@@ -95,7 +95,7 @@ def parameters_held(shape: ModelShape, engine: str, ep_sizes: Sequence[int], wor
     if engine in ("ddp", "zero0"):
         return shape.dense_size + sum(local)
     if engine == "fsdp":  # cut along the first dimension, unevenly if need be; experts along another, evenly
-        dense = sum(_first_share(dense_shape, world) for dense_shape in shape.dense_shapes)
+        dense: float = sum(_first_share(dense_shape, world) for dense_shape in shape.dense_shapes)
     else:
         dense = shape.dense_size / world
     return dense + sum(numbers / (world // ep) for numbers, (_, ep) in zip(local, layers, strict=True))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -150,7 +151,7 @@ def search(timer: Timer) -> Found:
     }
     for size in sorted({layer.num_experts for layer in timer.shape.layers}):
         index = next(i for i, layer in enumerate(timer.shape.layers) if layer.num_experts == size)
-        choices[f"EP of {size} experts"] = lambda c, index=index: c.ep_sizes[index]
+        choices[f"EP of {size} experts"] = partial(_ep_size, index)
     others: dict[str, dict[Any, Candidate | None]] = {}
     for name, value_of in choices.items():
         values = dict.fromkeys(map(value_of, everything))
@@ -158,6 +159,10 @@ def search(timer: Timer) -> Found:
             value: min((c for c in fitting if value_of(c) == value), key=rank, default=None) for value in values
         }
     return Found(min(fitting, key=rank), others)
+
+
+def _ep_size(layer: int, candidate: Candidate) -> int:
+    return candidate.ep_sizes[layer]
 
 
 def replay(timer: Timer, candidate: Candidate) -> list[Simulated]:
