@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_distributed
 from tests.end_to_end.runs import start
-from tests.tiny import write_corpus
+from tests.tiny import ENGINES, write_corpus
 from twohop.trainer.checkpoint import CheckpointStore, load_tensors
 from twohop.trainer.errors import CheckpointError
 from twohop.trainer.loop import train_step
@@ -45,30 +45,34 @@ def load_and_step(directory: Path, overrides: Sequence[str]) -> tuple[int, str, 
         tensor.zero_()
     checkpoint = run.checkpoints.latest()
     assert checkpoint is not None
-    load_tensors(checkpoint, run.state(), run.identity())
+    state = run.state()
+    load_tensors(checkpoint, state, run.identity())
+    run.engine.restored(state)
     loaded = whole(run.state())
     return checkpoint.step, checkpoint.tracker_id, loaded, train_step(run, 2)
 
 
+# Every engine saves and loads, every number of ranks and EP size too; all pairs: scripts/elastic_pairs.py.
 @pytest.mark.parametrize(
-    ("saved_by", "saved_ep", "loaded_by", "loaded_ep"),
+    ("saved_by", "loaded_by"),
     [
-        (2, "2", 1, "1"),
-        (2, "2", 2, "1"),
-        (1, "1", 2, "2"),
-        (4, "[2,4]", 4, "[4,1]"),
-        (4, "4", 2, "2"),
+        ((2, "2", "ddp"), (1, "1", "fsdp")),
+        ((2, "1", "fsdp"), (4, "[4,1]", "zero-1")),
+        ((1, "1", "zero-2"), (2, "2", "ddp")),
+        ((4, "[2,4]", "zero-1"), (4, "[4,1]", "ddp")),
+        ((4, "4", "fsdp"), (2, "2", "zero-2")),
     ],
 )
 def test_every_layout_reads_every_other(
-    tmp_path: Path, saved_by: int, saved_ep: str, loaded_by: int, loaded_ep: str
+    tmp_path: Path, saved_by: tuple[int, str, str], loaded_by: tuple[int, str, str]
 ) -> None:
     write_corpus(tmp_path)
-    saved, expected = run_distributed(
-        save_after_two_steps, saved_by, tmp_path, [f"comm.ep_size={saved_ep}"], init=False
-    )[0]
+    (saving, saving_ep, saving_engine), (loading, loading_ep, loading_engine) = saved_by, loaded_by
+    overrides = [f"comm.ep_size={saving_ep}", *ENGINES[saving_engine]]
+    saved, expected = run_distributed(save_after_two_steps, saving, tmp_path, overrides, init=False, timeout=180)[0]
     assert any("experts" in name and name.startswith("optim.") and t.dim() == 3 for name, t in saved.items())
-    found = run_distributed(load_and_step, loaded_by, tmp_path, [f"comm.ep_size={loaded_ep}"], init=False)
+    overrides = [f"comm.ep_size={loading_ep}", *ENGINES[loading_engine]]
+    found = run_distributed(load_and_step, loading, tmp_path, overrides, init=False, timeout=180)
     for step, tracker_id, loaded, record in found:
         assert (step, tracker_id) == (2, "tracker-7")
         assert loaded.keys() == saved.keys()
