@@ -3,8 +3,9 @@
     python scripts/elastic_pairs.py
 
 A layout is a number of ranks (1, 2, 4), an EP size (1, 2, 4) and an engine. Of each pair: step and tracker
-id are the saved ones; weights and optimizer state are equal to the bit; the data, the learning rate, the loss and the
-gradient norm of the next two steps are the unbroken run's, to the bit on the same layout and to 1e-5 on another. The second step's loss shows what the optimizer has made of its state; the router's noise is on in both.
+id are the saved ones; weights and optimizer state are equal to the bit; targets and learning rate of the next two steps
+are the unbroken run's, and so are loss and gradient norm, to the bit on the same layout and to 1e-5 on another. The
+second step's loss shows what the optimizer has made of its state; the router's noise is on in both.
 """
 
 import argparse
