@@ -128,8 +128,6 @@ def _gather_friends(load_E: Array, together_EE: Array, nodes: int) -> Indices:
 def _grow(load_E: Array, together_EE: Array, nodes: int) -> Indices:
     """One node after the other: begin with the heaviest expert left, add the best friend of those who are there."""
     of_node = len(load_E) // nodes
-    # More often together than chance would have it: else the heaviest would be everybody's friends.
-    together_EE = together_EE - np.outer(load_E, load_E) * together_EE.sum() / max(load_E.sum() ** 2, 1e-9)
     node_E = np.full(len(load_E), -1)
     limit = LOAD_SLACK * load_E.sum() / nodes
     for node in range(nodes):

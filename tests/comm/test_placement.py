@@ -73,6 +73,12 @@ def test_balanced_is_near_the_best_of_all_permutations() -> None:
         assert found <= 4 / 3 * best
 
 
+def test_balanced_begins_with_the_heaviest() -> None:
+    load = np.array([3.0, 8.0, 5.0, 4.0, 7.0, 6.0])
+    slots_E = place("balanced", load, np.zeros((6, 6)), (3, 1))
+    assert np.bincount(slots_E // 2, load).tolist() == [11, 11, 11]
+
+
 def test_affinity_finds_friends_and_keeps_nodes_even() -> None:
     """Every token stays within one of 4 topics, whose experts fit one node: one row for each token is enough."""
     sample = sample_of(32, 4000, 4, topics=4, nodes=4)

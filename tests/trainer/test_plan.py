@@ -136,7 +136,9 @@ def test_what_does_not_fit_is_not_chosen(shape: ModelShape) -> None:
     found = search(timer_of(shape, cluster | {"reserve_gib": reserve}, global_batch=16))
     fitting = [c for c in everything if c.memory.peak <= limit * (1 + 1e-9)]
     assert found.best.step_s == min(c.step_s for c in fitting)
-    assert None in [c for others in found.others.values() for c in others.values()]
+    chosen = [c for others in found.others.values() for c in others.values()]
+    assert None in chosen
+    assert all(c.memory.peak <= limit * (1 + 1e-9) for c in (found.best, *chosen) if c is not None)
     with pytest.raises(ConfigError, match=r"nothing fits into the 0\.0 GiB of cluster\.gpu=h200: the least is"):
         search(timer_of(shape, cluster | {"reserve_gib": 139.8}, global_batch=16))
 
