@@ -8,9 +8,9 @@ from twohop.trainer.app import run_app
 from twohop.trainer.clusters.kubernetes import manifest
 from twohop.trainer.clusters.nodes import check_cluster
 from twohop.trainer.clusters.sbatch import batch_script
+from twohop.trainer.commands.train import for_hydra
 from twohop.trainer.config import ClusterKind, Config, SubmitConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.initial import with_origin
 from twohop.trainer.run_folder import has_checkpoint
 from twohop.trainer.validate import validate
 
@@ -27,7 +27,7 @@ def main(args: list[str]) -> int:
     if {"-m", "--multirun"} & set(args):
         raise ConfigError("twohop submit hands in one run; for a sweep: twohop train --multirun cluster=slurm …")
     train_args = [arg for arg in args if arg.split("=", 1)[0].lstrip("+") not in OWN_KEYS]
-    return run_app("submit", SubmitConfig, with_origin(args), partial(submit, train_args))
+    return run_app("submit", SubmitConfig, for_hydra(args), partial(submit, train_args))
 
 
 def submit(args: list[str], config: SubmitConfig, sweep_dir: Path | None) -> None:
