@@ -130,7 +130,7 @@ def _agent_config(config: LaunchConfig, nodes: Nodes) -> Any:
         rdzv_configs=_rendezvous_options(nodes),
         local_addr=nodes.own_address,
         max_restarts=0,
-        shutdown_timeout=config.grace_s,
+        shutdown_timeout=math.ceil(config.grace_s),
         signals_to_handle=",".join(number.name for number in (*STOP_SIGNALS, signal.SIGQUIT)),
     )
 

@@ -50,7 +50,8 @@ def meet(store: dist.Store, rank: int, num_ranks: int, patience: timedelta) -> d
 def _gather(store: dist.Store, leader: str, num_ranks: int, patience: timedelta) -> None:
     """As rank 0: call every rank, and again when a new process has taken its place, until all have answered."""
     deadline = time.monotonic() + patience.total_seconds()
-    missing, called = set(range(1, num_ranks)), {}
+    missing = set(range(1, num_ranks))
+    called: dict[int, str] = {}  # the name by which each rank was called last
     while missing:
         for peer in list(missing):
             if store.check([f"here/{leader}/{peer}"]):

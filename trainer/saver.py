@@ -4,10 +4,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from twohop.trainer.setup import Run
@@ -54,7 +55,7 @@ class Saver:
         if not run.config.checkpoint.asynchronous:
             run.checkpoints.save(step, state, run.identity(), self._tracker_id)
             return
-        copy = self._stager.stage(state)
+        copy = cast(dict[str, Tensor], self._stager.stage(state))
         self._pending = _in_background(
             lambda: run.checkpoints.save(step, copy, run.identity(), self._tracker_id, self._group)
         )

@@ -12,7 +12,8 @@ def default_of(key: str) -> Any:
 
     Of a group that may be null: what its key is once the group is set.
     """
-    group, value = Config, None
+    group: Any = Config
+    value = None
     for name in key.split("."):
         hints = get_type_hints(group) if is_dataclass(group) else {}
         if name not in hints:
