@@ -69,10 +69,13 @@ def test_training_goes_on_with_what_was_exported(directory, exported, engine):
     assert again == pytest.approx(loss, rel=1e-5)
 
 
-def test_an_upcycled_run_begins_with_the_loss_of_the_dense_one(directory):
-    loss = train(directory, "dense", *DENSE)
-    upcycled = ("model.moe.experts=[2,4,2,4]", "model.moe.residual=learned", f"init.upcycle_from={directory / 'dense'}")
-    assert train(directory, "upcycled", *MOE, *upcycled, *STILL, ranks=2) == pytest.approx(loss, rel=1e-5)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_an_upcycled_run_begins_with_the_loss_of_the_dense_one(directory, engine):
+    dense = directory / f"dense for {engine}"
+    loss = train(directory, dense.name, *DENSE)
+    upcycled = ("model.moe.experts=[2,4,2,4]", "model.moe.residual=learned", f"init.upcycle_from={dense}")
+    given = (*MOE, *upcycled, *STILL, *ENGINES[engine])
+    assert train(directory, f"upcycled by {engine}", *given, ranks=2) == pytest.approx(loss, rel=1e-5)
 
 
 def test_bytes_are_read_as_the_tokenizer_of_bytes_reads_them(exported):

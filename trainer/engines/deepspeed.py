@@ -214,7 +214,7 @@ def _split_by_replicas(param_groups: list[dict[str, Any]]) -> list[dict[str, Any
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
             replicas = getattr(parameter, "group_name", None)
-            described = {"params": [], "name": replicas or "dense", "moe": replicas is not None}
+            described: dict[str, Any] = {"params": [], "name": replicas or "dense", "moe": replicas is not None}
             split.setdefault((number, replicas), group | described)["params"].append(parameter)
     return list(split.values())
 
