@@ -27,8 +27,7 @@ def model_tensors(model: MoEModel, weights: Mapping[str, Tensor] | None = None) 
     experts = expert_parameters(model)
     replaced = {name: weight.detach() for name, weight in (weights or {}).items()}
     return {
-        f"model.{name}": _whole(tensor, experts.get(name))
-        for name, tensor in (model.state_dict() | replaced).items()
+        f"model.{name}": _whole(tensor, experts.get(name)) for name, tensor in (model.state_dict() | replaced).items()
     }
 
 
