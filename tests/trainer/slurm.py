@@ -3,7 +3,6 @@
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -83,13 +82,12 @@ def running(folder: Path) -> Iterator[Path]:
         yield config
     finally:
         subprocess.run(["scancel", "--user", user], env=environment, check=False, timeout=30)
+        deadline = time.monotonic() + 30
+        while idle(environment) < len(NODES) and time.monotonic() < deadline:  # jobs that were cancelled come to an end
+            time.sleep(0.2)
         for daemon in daemons:
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in daemons:
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+            daemon.kill()  # what they would still write is of no use
+            daemon.wait()
 
 
 def idle(environment: dict[str, str]) -> int:

@@ -70,19 +70,19 @@ def test_one_task_on_each_node_is_no_rank() -> None:
 @pytest.mark.timeout(600)
 def test_submitted_run_is_saved_when_its_time_is_over_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
-    overrides = [*tiny_overrides(tmp_path), "train.steps=150", "launch.nproc=1", "train.global_batch=2"]
+    overrides = [*tiny_overrides(tmp_path), "train.steps=60", "launch.nproc=1", "train.global_batch=2"]
     assert cli.run(["submit", *overrides, "cluster=slurm", "cluster.slurm.minutes=10"]) == 0
     number = capfd.readouterr().out.split()[-1]
     log = tmp_path / "runs" / f"slurm-{number}.log"
     wait_for(folder / "metrics.jsonl", '"step": 3,', log)
     subprocess.run(["scancel", "--batch", "--signal=USR1", number], check=True)
-    wait_for(folder / "summary.json", '"steps": 150', log)
+    wait_for(folder / "summary.json", '"steps": 60', log)
     said = log.read_text()
     assert "goes on from its checkpoint once it is started again" in said
     assert "start 2, on" in said
     assert "continuing from step" in said
     steps = [record["step"] for record in read_metrics(folder) if record["kind"] == "train"]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 61))
 
 
 @pytest.mark.timeout(600)
