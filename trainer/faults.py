@@ -72,5 +72,5 @@ def _write(directory: Path, where: str, what: str) -> None:
         file.write("\n")
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         # The public name for this is the NCCL watchdog's dump; gloo's records have none.
-        dump = torch._C._distributed_c10d._dump_fr_trace_json
+        dump = torch._C._distributed_c10d._dump_fr_trace_json  # type: ignore[attr-defined]  # its stub lacks it
         (directory / f"rank-{rank()}.json").write_bytes(dump())

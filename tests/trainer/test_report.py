@@ -200,8 +200,11 @@ def test_phases_of_a_long_run_are_bars_of_means(monkeypatch: pytest.MonkeyPatch)
     """Every bar is the mean of its steps, phases stand upon each other, and the tops are the time of a step."""
     bars: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]] = []
 
-    def spy(axes: Axes, x: Any, height: Any, width: Any, bottom: Any, **style: Any) -> None:
+    bar = Axes.bar
+
+    def spy(axes: Axes, x: Any, height: Any, width: Any, bottom: Any, **style: Any) -> Any:
         bars.append((x, height, bottom.copy(), style["label"]))
+        return bar(axes, x, height, width, bottom, **style)
 
     monkeypatch.setattr(Axes, "bar", spy)
     seconds = np.random.default_rng(0).random((600, 3))
