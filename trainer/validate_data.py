@@ -80,9 +80,9 @@ def _check_documents(config: Config) -> None:
 
 
 def _check_lanes(config: Config) -> None:
-    for corpus in (config.data, *config.data.mixture):
-        if corpus.hf is not None and config.train.global_batch % corpus.hf.lanes:
+    for hf in (config.data.hf, *(corpus.hf for corpus in config.data.mixture)):
+        if hf is not None and config.train.global_batch % hf.lanes:
             raise ConfigError(
-                f"data.hf.lanes={corpus.hf.lanes} does not divide train.global_batch={config.train.global_batch}: "
+                f"data.hf.lanes={hf.lanes} does not divide train.global_batch={config.train.global_batch}: "
                 f"use one of {divisors(config.train.global_batch)}"
             )

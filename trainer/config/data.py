@@ -69,7 +69,7 @@ class HFConfig:
     subset: str | None = None  # of a data set that has several
     revision: str | None = None  # branch, tag or commit on the hub
     text_key: str = "text"  # the column with the text: a row is a document
-    train_split: str = "train"  # also a part, as `datasets` writes it: train[:10%]
+    train_split: str = "train"  # also a part, as `datasets` writes it: train[:10%] (not of a stream)
     valid_split: str | None = None  # null: data.valid_fraction of the training split's rows
     streaming: bool = False  # read while training, without a copy on the disk
     # Of a stream: parts that are read side by side, a divisor of train.global_batch; a rank reads those of its samples.

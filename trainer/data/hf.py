@@ -189,7 +189,7 @@ def _choose(dataset: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
     """The rows that take part, and each one's place in [0, 1), a hash of its text."""
     assert config.hf is not None
     left = np.inf if config.max_mib is None else config.max_mib * 2**20
-    places = []
+    places: list[float] = []
     for text in texts_of(dataset, config.hf):
         left -= len(text.encode())
         if left < 0 and len(places) >= 2:

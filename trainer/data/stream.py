@@ -57,6 +57,7 @@ class Lane:
         self._open_rows, self._texts_of, self._tokenizer = open_rows, texts_of, tokenizer
         self._seq_len, self._block, self._bookmarks = seq_len, block, bookmarks
         self._number, self._windows = -1, np.zeros(0)  # the block in memory
+        self._next = 0  # the block after it
         self._start(None, 0)
 
     def block(self, number: int) -> np.ndarray:
