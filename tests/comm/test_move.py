@@ -28,4 +28,4 @@ def rows_after_moves(experts: int, ep_size: int) -> bool:
 
 @pytest.mark.parametrize(("experts", "ep_size"), [(8, 4), (12, 2), (4, 4), (6, 1)])
 def test_rows_move_to_their_slots(experts: int, ep_size: int) -> None:
-    assert all(run_distributed(rows_after_moves, 4, experts, ep_size))
+    assert all(run_distributed(rows_after_moves, 4, experts, ep_size, timeout=180))
