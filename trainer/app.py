@@ -4,7 +4,6 @@ Hydra's own errors of several lines become one `ConfigError` with a suggestion. 
 except a sweep's folder; with --multirun, a job that fails is told about at the end and does not end the sweep.
 """
 
-import math
 import os
 import re
 import sys
@@ -72,12 +71,12 @@ def run_app(command: str, schema: type, args: list[str], task: Task) -> int:
 
 
 def _shielded(job: Callable[[], float | None], fail: Callable[[Exception], None]) -> float | None:
-    """A job's value; or NaN, which every sweeper understands, after `fail` got the error that ended it."""
+    """A job's value; or None, which Optuna takes for a trial that failed, after `fail` got the error that ended it."""
     try:
         return job()
     except (UserError, WorkerError) as error:
         fail(error)
-        return math.nan
+        return None
 
 
 def _call_hydra(command: str, args: list[str], job: Callable[[DictConfig], Any], schema: type) -> None:

@@ -63,7 +63,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_run(monkeypatch, capfd
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert is_started_again()
     assert cli.run(words) == 0
-    assert resumed == [None, "sweep/0"]
+    assert resumed == [None, str(Path("sweep/0").resolve())]
 
 
 def test_several_nodes_do_not_sweep_each_for_itself(capfd):
