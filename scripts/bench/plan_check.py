@@ -108,7 +108,9 @@ def fit(places: Sequence[dict[str, Any]]) -> list[float]:
 
     start = np.log(list(FITTED.values()))
     # Soft at 10 %: a place that another program disturbed shall not bend the others.
-    found = least_squares(errors, start, loss="soft_l1", f_scale=0.1, bounds=(start - 12, start + 6), diff_step=1e-3)
+    found = least_squares(
+        errors, start, loss="soft_l1", f_scale=0.1, bounds=(start - 12, start + 6), diff_step=1e-3, max_nfev=40
+    )
     return [float(value) for value in np.exp(found.x)]
 
 
