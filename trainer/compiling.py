@@ -33,7 +33,7 @@ def compile_regions(model: MoEModel, backend: str = "inductor") -> None:
     # Layers may differ, and then each has a graph of its own; with too few graphs there would be an error.
     torch._dynamo.config.recompile_limit = 256
     for module in _regions(model):
-        module.forward = _while_training(module, module.forward, backend)  # type: ignore[method-assign]
+        module.forward = _while_training(module, module.forward, backend)
     for module in model.modules():
         if isinstance(module, Experts):
             # The number of rows changes with every pass.

@@ -17,7 +17,7 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (no error)
     """A signal ended training after a checkpoint, in order: exit code 75, EX_TEMPFAIL of sysexits.h, "try again"."""
 
 

@@ -69,7 +69,9 @@ def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | No
                 saver.save(done)
             if stopped_by:
                 saver.finish()
-                raise Interrupted(f"stopped by {stopped_by.name} after step {done}, which is saved; resume=auto goes on")
+                raise Interrupted(
+                    f"stopped by {stopped_by.name} after step {done}, which is saved; resume=auto goes on"
+                )
         saver.finish()
     return valid or evaluate(run)  # a run that was already at its end
 

@@ -146,9 +146,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         teacher_model = build_model(taught_by.model, make_dispatcher, device)
         _load_teacher(teacher_model, taught_by, data, Path(config.distill.teacher).expanduser())
         teacher = Teacher(config.distill, teacher_model, student=model)
-    checkpoints = CheckpointStore(
-        directory / CHECKPOINTS, config.checkpoint.keep, say, config.checkpoint.keep_every
-    )
+    checkpoints = CheckpointStore(directory / CHECKPOINTS, config.checkpoint.keep, say, config.checkpoint.keep_every)
     if config.engine.fp8_experts:
         use_fp8_experts(model)
     if config.train.compile:
