@@ -30,7 +30,7 @@ from twohop.trainer.metrics import read_metrics, read_summary  # noqa: E402
 
 RANKS = 4
 GLOBAL_BATCH = 8  # of tests.tiny
-STEPS_A_ROUND = 8  # of the epoch; half of them are trained before an interruption, on average, and some are lost by it
+STEPS_A_ROUND = 4  # of the epoch; half of them are trained before an interruption, on average, and some are lost by it
 KINDS = ("SIGKILL", "SIGKILL to two", "SIGTERM", "SIGUSR1", "frozen until given up", "frozen for a moment")
 SAME = ("step", "kind", "loss", "grad_norm", "lr", "valid_loss", "valid_accuracy")  # of a record, in both runs
 
@@ -120,8 +120,11 @@ def soak(directory: Path, rounds: int, seed: int, ranks: int = RANKS) -> Outcome
     overrides = [
         *tiny_overrides(directory),
         f"train.steps={outcome.steps}",
-        "comm.timeout_s=5",
-        "checkpoint.every=5",
+        "model.num_layers=2",
+        "model.moe.experts=[4]",
+        "comm.timeout_s=10",
+        "checkpoint.every=2",
+        "generate.max_new_tokens=0",
         "checkpoint.asynchronous=true",
         "resume=auto",
     ]

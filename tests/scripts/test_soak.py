@@ -20,9 +20,10 @@ from soak_workers import History, train
 def test_a_killed_worker_is_started_again_and_the_epoch_goes_on_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = soak.write_corpus(tmp_path, steps=30)
+    samples = soak.write_corpus(tmp_path, steps=12)
     steps = samples // soak.GLOBAL_BATCH
-    lengths = [f"train.steps={steps}", "checkpoint.every=4", "checkpoint.asynchronous=true", "resume=auto"]
+    lengths = [f"train.steps={steps}", "checkpoint.every=2", "checkpoint.asynchronous=true", "resume=auto"]
+    lengths += ["model.num_layers=2", "model.moe.experts=[4]"]
     run_distributed(runs.train_run, 2, tmp_path, [*lengths, f"run.dir={tmp_path / 'whole'}"], init=False, timeout=180)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(soak, "KINDS", ("SIGKILL",))
