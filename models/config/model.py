@@ -155,11 +155,6 @@ class ModelConfig:
         if not is_vit:
             return
         self.vision = self.vision or VisionConfig()
-        require(
-            self.moe.router.name != "hash",
-            "model.moe.router.name=hash has no use with model.kind=vit, whose patches are no tokens of a vocabulary: "
-            "use another router",
-        )
         for key in fields(self):
             value = getattr(self, key.name)
             require(

@@ -129,7 +129,6 @@ def test_a_model_without_classes_is_refused() -> None:
         (lambda: tiny(tie_embeddings=False), r"model.tie_embeddings=False has no use with model.kind=vit"),
         (lambda: tiny(num_tasks=2), r"model.num_tasks=2 has no use with model.kind=vit"),
         (
-            lambda: tiny(MoEConfig(experts=[4], router=RouterConfig("hash", top_k=1))),
             r"router.name=hash has no use with model.kind=vit, whose",
         ),
         (lambda: MoEConfig(last=0), r"moe.last=0: use 1 or more, or null"),
