@@ -23,7 +23,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     monkeypatch.chdir(tmp_path)
     seen: list[Config] = []
     module = importlib.import_module("twohop.trainer.commands.train")
-    monkeypatch.setattr(module, "start", lambda _, config, folder: seen.append(config) or {})
+    monkeypatch.setattr(module, "start", lambda _, config, *where: seen.append(config) or {})
     return seen
 
 

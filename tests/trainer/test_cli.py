@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -62,21 +63,26 @@ def test_every_command_has_help(capfd):
     _, out, _ = run("train --help", capfd)
     for group in (
         "comm: auto, dedup, flat, hierarchical",
-        "data: digits, multitask, stdlib, text, tokens",
-        "experiment: mos, quickstart, task_moe, vmoe_digits",
+        "data: digits, hf, mixture, multitask, stdlib, text, tokens",
+        "experiment: mos, quickstart, router_search, task_moe, vmoe_digits",
         "pr_moe",
     ):
         assert group in out
 
 
 def test_useful_overrides_of_the_help_text_are_real(started, capfd):
+    """Each line by itself, on a number of ranks and with the data that its option has a use for."""
     _, out, _ = run("train --help", capfd)
     section = out.split("== useful overrides ==")[1].split("twohop train --cfg")[0]
-    overrides = re.findall(r"(?:^| )([a-z_.]+=[^\s;]+)", section, re.MULTILINE)
-    overrides = [text for text in overrides if not re.search(r"DIR|NAME|resume", text)]
-    assert len(overrides) > 12
-    code, _, err = run(f"train {' '.join(overrides)} engine.precision=fp32", capfd)
-    assert (code, err, len(started)) == (0, "", 1)
+    lines = [line.split("  ")[0] for line in section.strip().splitlines()]
+    Path("book.txt").write_text("It was a dark and stormy night.\n" * 100)
+    assert len(lines) > 12
+    for line in lines:
+        text = line.replace("=DIR", "=runs").replace("=NAME", "=name").replace("=FOLDER", "=.")
+        data = "data=hf data.files=book.txt" if text.startswith("data.hf") else ""
+        code, _, err = run(f"train launch.nproc=4 {data} {text}", capfd)
+        assert (code, err) == (0, ""), line
+    assert len(started) == len(lines)
 
 
 def test_composed_configuration_is_shown(capfd):
@@ -145,7 +151,10 @@ def test_experts_of_each_layer_in_one_line(started, capfd):
         ("train +train.stepz=3", "unknown key 'train.stepz', did you mean 'train.steps'?"),
         ("train model=moee", "model=moee: no such option, did you mean 'moe'?"),
         ("train train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
-        ("train engine.precision=fp8", "engine.precision=fp8: Invalid value 'fp8', expected one of [fp32, bf16]"),
+        (
+            "train engine.precision=fp8",
+            "engine.precision=fp8: Invalid value 'fp8', expected one of [fp32, bf16, bf16_par",
+        ),
         ("train train.steps", "train.steps: not of the form key=value"),
         ("train 'model.dim=[1'", "model.dim=[1: not of the form key=value"),
         ("train 'run.name=${nowhere}'", "Interpolation key 'nowhere' not found"),
