@@ -68,6 +68,9 @@ def test_one_task_on_each_node_is_no_rank() -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.skipif(
+    "TWOHOP_SLOW_TESTS" not in os.environ, reason="SLURM requeues after minutes: set TWOHOP_SLOW_TESTS=1"
+)
 def test_submitted_run_is_saved_when_its_time_is_over_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
     overrides = [*tiny_overrides(tmp_path), "train.steps=60", "launch.nproc=1", "train.global_batch=2"]

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -47,15 +48,16 @@ class DeepSpeedEngine(TorchEngine):
     def __init__(self, model: MoEModel, config: Config) -> None:
         super().__init__(model, config)
         self.stage = config.engine.zero_stage
-        _join_world()
-        _share_groups(model)
-        self.optimizer.param_groups[:] = _split_by_replicas(self.optimizer.param_groups)
-        self.engine, self.zero, *_ = deepspeed.initialize(
-            model=nn.ModuleList([model, *(_Visible(layer) for _, layer in model.moe_layers())]),
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, world_size()),
-            dist_init_required=False,
-        )
+        with _with_local_rank():
+            _join_world()
+            _share_groups(model)
+            self.optimizer.param_groups[:] = _split_by_replicas(self.optimizer.param_groups)
+            self.engine, self.zero, *_ = deepspeed.initialize(
+                model=nn.ModuleList([model, *(_Visible(layer) for _, layer in model.moe_layers())]),
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, world_size()),
+                dist_init_required=False,
+            )
         device_type = next(model.parameters()).device.type
         self.world = init_device_mesh(device_type, (world_size(),)) if self.stage else None
 
@@ -177,12 +179,23 @@ class _Backend(TorchBackend):
             return super().all_gather_into_tensor(*args, **kwargs)
 
 
+@contextmanager
+def _with_local_rank() -> Iterator[None]:
+    """DeepSpeed reads LOCAL_RANK, which a process without a launcher does not have."""
+    missing = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if missing:
+            del os.environ["LOCAL_RANK"]
+
+
 def _join_world() -> None:
     """Let DeepSpeed use the world that there is."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
-    os.environ.setdefault("LOCAL_RANK", "0")
     open_world_of_one()
     deepspeed.comm.comm.cdb = _Backend(dist.get_backend(), timeout=None, init_method=None)
 
