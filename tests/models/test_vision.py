@@ -128,7 +128,6 @@ def test_a_model_without_classes_is_refused() -> None:
         (lambda: tiny(max_seq_len=9), r"model.max_seq_len=9 has no use with model.kind=vit"),
         (lambda: tiny(tie_embeddings=False), r"model.tie_embeddings=False has no use with model.kind=vit"),
         (lambda: tiny(num_tasks=2), r"model.num_tasks=2 has no use with model.kind=vit"),
-        (r"router.name=hash has no use with model.kind=vit, whose",),
         (lambda: MoEConfig(last=0), r"moe.last=0: use 1 or more, or null"),
         (lambda: tiny(MoEConfig(last=3)), r"moe.last=3: .* has only 2 such blocks: lower last"),
     ],
