@@ -45,7 +45,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert cli.run(command[1:]) == 0
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr("twohop.trainer.commands.train.start", lambda _, config, folder: workers.train(config, folder))
+    start = "twohop.trainer.commands.train.start"
+    monkeypatch.setattr(start, lambda _, config, folder, nodes: workers.train(config, folder))
     return seen
 
 
