@@ -7,7 +7,9 @@ import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from logging import CRITICAL
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -80,14 +82,17 @@ def load_split(config: DataConfig, split: str, streaming: bool = False) -> Any:
         where = _local(config.files, split)
     cache = str(Path(config.cache_dir).expanduser() / "huggingface")
     datasets.disable_progress_bars()  # each rank would draw its own
+    datasets.logging.set_verbosity(CRITICAL)  # errors are raised as well, and shown once
+    datasets.utils.tqdm.set_lock(
+        RLock()
+    )  # bars that are not drawn have a lock across processes, which Python reports as leaked
     try:
         dataset = datasets.load_dataset(**where, name=hf.subset, split=split, streaming=streaming, cache_dir=cache)
         columns = dataset.column_names or list(next(iter(dataset), {}))
     except Exception as error:  # the library raises whatever its readers raise
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"data={describe(config)}: split {split} cannot be loaded ({lines[0]}); "
-            "correct data.files, data.hf.name or the split"
+            f"{describe(config)}: split {split} cannot be loaded ({lines[0].rstrip('.')}); repair it, name another, or correct the split"
         ) from None
     if hf.text_key not in columns:
         raise DataError(f"data.hf.text_key={hf.text_key}: no such column; use one of {', '.join(map(str, columns))}")
@@ -138,9 +143,7 @@ def stream_validation(config: DataConfig) -> list[Row]:
         if left <= 0:
             break
     if not rows:
-        raise DataError(
-            f"data={describe(config)}: no row validates; raise data.valid_fraction or set data.hf.valid_split"
-        )
+        raise DataError(f"{describe(config)}: no row validates; raise data.valid_fraction or set data.hf.valid_split")
     return rows
 
 
@@ -170,9 +173,9 @@ def stream_identity(config: DataConfig) -> dict[str, Any]:
 
 
 def describe(config: DataConfig) -> str:
-    """Where the data set is, in words."""
+    """Where the data set is, as the key and value that say so."""
     assert config.hf is not None
-    return config.hf.name or ",".join(config.files)
+    return f"data.hf.name={config.hf.name}" if config.hf.name else f"data.files={','.join(config.files)}"
 
 
 def _local(files: list[str], split: str) -> dict[str, Any]:
@@ -196,9 +199,7 @@ def _choose(dataset: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
             break
         places.append(row_place(text))
     if len(places) < 2 and config.hf.valid_split is None:
-        raise DataError(
-            f"data={describe(config)}: a split of {len(places)} rows cannot be split; set data.hf.valid_split"
-        )
+        raise DataError(f"{describe(config)}: a split of {len(places)} rows cannot be split; set data.hf.valid_split")
     return np.arange(len(places)), np.array(places)
 
 

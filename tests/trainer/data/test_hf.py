@@ -91,7 +91,7 @@ def test_equal_texts_are_on_one_side(tmp_path: Path) -> None:
     [
         ({"text_key": "body"}, r"data\.hf\.text_key=body: no such column; use one of id, text"),
         ({"text_key": "id"}, r"data\.hf\.text_key=id: holds int, not text"),
-        ({"train_split": "validation"}, r"split validation cannot be loaded .* correct"),
+        ({"train_split": "validation"}, r"split validation cannot be loaded .* correct the split"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, hf: dict, message: str) -> None:
@@ -102,7 +102,7 @@ def test_bad_settings_are_named(tmp_path: Path, hf: dict, message: str) -> None:
 
 def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: split train cannot be loaded \(.*\); correct data\.files"):
+    with pytest.raises(DataError, match=r"^data\.files=.*a\.parquet: split train cannot be loaded \(.*\); repair it"):
         hf_corpus(hf_config(tmp_path, str(tmp_path / "a.parquet")))
     with pytest.raises(DataError, match=r"missing\.parquet: no such file"):
         hf_corpus(hf_config(tmp_path, str(tmp_path / "missing.parquet")))
