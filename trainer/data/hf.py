@@ -92,7 +92,8 @@ def load_split(config: DataConfig, split: str, streaming: bool = False) -> Any:
     except Exception as error:  # the library raises whatever its readers raise
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"{describe(config)}: split {split} cannot be loaded ({lines[0].rstrip('.')}); repair it, name another, or correct the split"
+            f"{describe(config)}: split {split} cannot be loaded ({lines[0].rstrip('.')}); "
+            "repair it, name another, or correct the split"
         ) from None
     if hf.text_key not in columns:
         raise DataError(f"data.hf.text_key={hf.text_key}: no such column; use one of {', '.join(map(str, columns))}")
