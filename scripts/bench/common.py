@@ -173,7 +173,7 @@ def machine() -> dict[str, Any]:
         "load_average": [round(x, 2) for x in load],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backend": dist.get_backend(),
+        "backend": dist.get_backend() if dist.is_initialized() else None,
     }
 
 
