@@ -1,7 +1,8 @@
 """Multi-process tests as ordinary functions: `run_distributed(fn, nproc, *args)` runs `fn` on a gloo world.
 
-Importing torch costs seconds, so the worker processes stay warm for the whole test session and every call makes a
-fresh world of any size out of them. A worker that died, hung or was killed is replaced at the next call.
+Importing torch and DeepSpeed costs seconds, so one process does it and all workers are forked from it. They stay
+warm for the whole test session, and every call makes a fresh world of any size out of them. A worker that died, hung or
+was killed is replaced at the next call.
 """
 
 import atexit
@@ -13,13 +14,17 @@ import time
 import traceback
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 GRACE_S = 5.0  # after a rank failed, its peers get this long to notice before they are killed
+# What workers have imported when they begin. None of it starts a thread, which a fork would lose.
+PRELOADED = ["pytest", "torch._dynamo", "deepspeed", "twohop.trainer.workers"]
 
 
 class RemoteError(Exception):
@@ -33,10 +38,10 @@ class Worker:
     """One warm process and the pipe to it."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # forking a process that has threads of torch may deadlock
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        self.pipe, theirs = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        with mock.patch.object(forkserver, "connect_to_new_process", _server.connect_to_new_process):
+            self.process.start()
         theirs.close()  # so that the death of the worker is an EOF here
 
     def kill(self) -> None:
@@ -46,6 +51,10 @@ class Worker:
 
 
 _workers: list[Worker] = []
+# Where a GPU is, the imports look for it, and a process forked after that cannot use it.
+_context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+_server = forkserver.ForkServer()  # not the one of all code in this process: tests are about its beginning and end
+_server.set_forkserver_preload(PRELOADED)
 
 
 def run_distributed(
@@ -56,6 +65,7 @@ def run_distributed(
     init: bool = True,
     env: dict[str, str] | None = None,
     lost: Collection[int] = (),
+    keep: bool = True,
 ) -> list[Any]:
     """Runs `fn(*args)` on ranks 0 … nproc-1 and returns what each returned, in the order of ranks.
 
@@ -63,7 +73,8 @@ def run_distributed(
     torchrun's variables plus `env`. With `init` the default process group is initialised before and destroyed after;
     without it `fn` does so itself (`env://` works). If ranks fail, the first failure is raised here as it was
     raised there, with the rank's traceback as its cause; no answer in `timeout` seconds is a `TimeoutError`.
-    Ranks in `lost` are expected to die or to stop: theirs is None.
+    Ranks in `lost` are expected to die or to stop: theirs is None. Without `keep` the workers end with the call, for
+    an `fn` that leaves something behind in its process.
     """
     _workers[:] = [worker for worker in _workers if worker.process.is_alive()]
     _workers.extend(Worker() for _ in range(nproc - len(_workers)))
@@ -81,7 +92,11 @@ def run_distributed(
         rank_env = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {})
         # The function is pickled by name: the worker unpickles it only after it has our sys.path.
         worker.pipe.send_bytes(pickle.dumps((sys.path, rank_env, init, timeout, pickle.dumps((fn, args)))))
-    return _collect(team, time.monotonic() + timeout, timeout, lost)
+    try:
+        return _collect(team, time.monotonic() + timeout, timeout, lost)
+    finally:
+        for worker in () if keep else team:
+            worker.kill()
 
 
 def _collect(team: list[Worker], deadline: float, timeout: float, lost: Collection[int]) -> list[Any]:

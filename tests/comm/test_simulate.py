@@ -1,7 +1,9 @@
 """The simulator: what it sends against a real run, queues against a loop, published and hand-computed times."""
 
 import random
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,10 @@ from twohop.comm.network import Link, Network
 from twohop.comm.routes import ROUTES
 from twohop.comm.shipment import Shipment
 from twohop.comm.simulate import _Queue, cost_model, simulate
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
+
+from scaling import bare_s
 
 EXPERTS, K, DIM = 16, 3, 8
 FREE = Link(byte_s=0.0)
@@ -174,28 +180,9 @@ def test_the_cost_model_is_of_the_same_network() -> None:
             assert predicted == pytest.approx(simulated, rel=0.1), (block, route)
 
 
-# Tutel's cluster: 8 A100 on a node, a card of 200 Gbit/s for each, NVLink. The cost of a message is the only number
-# that is fitted to what was published; the rest are nominal rates and latencies.
-TUTEL = Network(
-    between=Link(byte_s=8 / 200e9, send_s=3.2e-6, receive_s=3.2e-6, latency_s=5e-6),
-    inside=Link(byte_s=1 / 300e9, send_s=1e-6, receive_s=1e-6, latency_s=2e-6),
-    nics=8,
-    copied_byte_s=1 / 1e12,
-    exchange_s=10e-6,
-)
-
-
 def two_level_gain(ranks: int, mib: int) -> float:
-    """Time of a flat all-to-all in which each rank sends so many MiB ÷ that of a two-level one."""
-    rows = 16384
-    work = Workload(rows, 1, ranks, *[(mib << 20) / rows] * 3)
-    flat, two_level = (
-        simulate(
-            Shipment.expected(work, (ranks // 8, 8), route), TUTEL, work, backward=False, agreement=False
-        ).forward_s
-        for route in ("flat", "hierarchical")
-    )
-    return flat / two_level
+    """Time of a flat all-to-all in which each rank sends so many MiB ÷ that of a two-level one, as it is published."""
+    return bare_s(ranks, mib, "flat") / bare_s(ranks, mib, "hierarchical")
 
 
 def test_published_crossover_of_two_level_all_to_all() -> None:

@@ -1,10 +1,12 @@
 """The benchmarks: the rivals are right and send what they are known to send; results are written, drawn and printed."""
 
+import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +128,26 @@ def test_rounds_stop_when_the_time_is_up(world_of_one: None) -> None:
     assert common.in_turn(measures, 3, 0.0) == {"a": [(1.0,)], "b": [(2.0,)]}
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    return subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def main_on_this_rank(script: str, arguments: list[str]) -> str:
+    """What a benchmark prints."""
+    sys.argv = [script, *arguments]
+    with redirect_stdout(StringIO()) as printed:
+        importlib.import_module(script).main()
+    return printed.getvalue()
 
 
-def test_results_are_printed_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def bench(script: str, *arguments: str) -> str:
+    """Run a benchmark on 2 nodes × 2 ranks, as under torchrun; what rank 0 prints."""
+    place = ["--ranks-per-node", "2", "--rounds", "1", *arguments]
+    printed, *others = run_distributed(main_on_this_rank, 4, script, place, init=False, timeout=120, keep=False)
+    assert others == [""] * 3
+    return printed
+
+
+def test_results_are_printed_written_and_drawn(tmp_path: Path) -> None:
     answer, picture = tmp_path / "answer.json", tmp_path / "picture.svg"
-    place = ["--ranks-per-node", "2", "--rate", "100mbit", "--rounds", "1", "--json", str(answer)]
-    run = torchrun("scripts/bench/dispatch.py", *place, "--cases", "8:2", "16:2", "16:2:4")
-    assert run.returncode == 0, run.stderr
-    assert "16 tokens per rank, K=2, hottest expert 4 x (medians of 1)" in run.stdout
+    printed = bench("dispatch", "--rate", "100mbit", "--json", str(answer), "--cases", "8:2", "16:2", "16:2:4")
+    assert "16 tokens per rank, K=2, hottest expert 4 x (medians of 1)" in printed
     result = json.loads(answer.read_text())
     case = result["cases"][0]
     assert (result["rate_bits_per_s"], case["tokens"], len(case["variants"])) == (100_000_000, 8, 10)
@@ -155,9 +166,7 @@ def test_results_are_printed_written_and_drawn(tmp_path: Path, capsys: pytest.Ca
 
 def test_overlap_is_measured(tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
-    place = ["--ranks-per-node", "2", "--rate", "10gbit", "--rounds", "1", "--json", str(answer)]
-    run = torchrun("scripts/bench/overlap.py", *place, "--chunks", "1", "4", "--compute", "8")
-    assert run.returncode == 0, run.stderr
+    bench("overlap", "--rate", "10gbit", "--json", str(answer), "--chunks", "1", "4", "--compute", "8")
     measured = json.loads(answer.read_text())["seconds"]
     assert set(measured) == {"experts alone"} | {
         f"{what}, {c}" for what in ("dedup alone", "with experts") for c in (1, 4)
@@ -166,10 +175,8 @@ def test_overlap_is_measured(tmp_path: Path) -> None:
 
 def test_what_a_cached_plan_saves_is_measured(tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
-    place = ["--ranks-per-node", "2", "--rounds", "1", "--ffn-dim", "16", "--json", str(answer)]
-    run = torchrun("scripts/bench/cached.py", *place, "--cases", "8:2")
-    assert run.returncode == 0, run.stderr
-    assert "8 tokens, K=2" in run.stdout
+    printed = bench("cached", "--ffn-dim", "16", "--json", str(answer), "--cases", "8:2")
+    assert "8 tokens, K=2" in printed
     flat, dedup = json.loads(answer.read_text())["cases"]
     assert (flat["way"], dedup["way"]) == ("flat", "dedup")
     assert all(0 < forward <= both for case in (flat, dedup) for forward, both in (case["live"], case["cached"]))
