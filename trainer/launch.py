@@ -5,6 +5,7 @@ A worker is named as `"module:function"`, so that only the workers import it. It
 its own process group. What rank 0 returns, a small dict, comes back to the caller.
 """
 
+import gc
 import json
 import logging
 import math
@@ -17,14 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from twohop.trainer import errors
+from twohop.trainer import errors, prefork
 from twohop.trainer.clusters.nodes import Nodes
 from twohop.trainer.clusters.step import LOOPBACK
 from twohop.trainer.config import LaunchConfig
@@ -70,14 +71,39 @@ def start(worker: str, config: Launchable, run_dir: Path | None, nodes: Nodes | 
     """
     if joins_outer_launcher():
         return _join(worker, config, run_dir)
+    with preloading(worker, config.launch), TemporaryDirectory(prefix="twohop-") as failures:
+        return _start_workers(worker, config, run_dir, nodes or Nodes(), failures)
 
+
+@contextmanager
+def preloading(worker: str, config: LaunchConfig) -> Iterator[None]:
+    """Inside, a server imports what `worker` needs, for `start` to fork this node's ranks from.
+
+    `start` does so itself; who has something to do before it begins with this, and has it done meanwhile. No effect
+    under an outer launcher, and inside another.
+    """
+    if joins_outer_launcher() or prefork.is_serving():
+        yield
+        return
+    resource_tracker.ensure_running()  # its start, otherwise the server's, unblocks signals
+    with ExitStack() as stack:
+        with _signals_blocked():  # in this process, until it has torch, and in the server, which only we may end
+            with _environment(config):
+                stack.enter_context(prefork.serving(worker))
+            import torch.distributed.launcher.api  # noqa: F401 (both import torch now, on a core of their own)
+        yield
+
+
+def _start_workers(
+    worker: str, config: Launchable, run_dir: Path | None, nodes: Nodes, failures: str
+) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
-    launch, nodes = config.launch, nodes or Nodes()
-    with _signals_held(launch.nproc, nodes), _environment(launch), TemporaryDirectory(prefix="twohop-") as failures:
+    launch = config.launch
+    with _signals_held(launch.nproc, nodes), _environment(launch):
         try:
             agent = elastic_launch(_agent_config(launch, nodes), _work)
             results = agent(worker, config, run_dir, failures)
@@ -130,6 +156,7 @@ def _agent_config(config: LaunchConfig, nodes: Nodes) -> Any:
         rdzv_configs=_rendezvous_options(nodes),
         local_addr=nodes.own_address,
         max_restarts=0,
+        start_method="forkserver",
         shutdown_timeout=math.ceil(config.grace_s),
         signals_to_handle=",".join(number.name for number in (*STOP_SIGNALS, signal.SIGQUIT)),
     )
@@ -147,7 +174,7 @@ def _rendezvous_options(nodes: Nodes) -> dict[str, Any]:
 def _environment(config: LaunchConfig) -> Iterator[None]:
     """What workers inherit and read while they start, before any code of ours runs in them."""
     before = dict(os.environ)
-    os.environ.update({**ALLOCATOR, **before, "OMP_NUM_THREADS": str(config.omp_threads)})
+    os.environ.update({**ALLOCATOR, **prefork.FORKABLE, **before, "OMP_NUM_THREADS": str(config.omp_threads)})
     try:
         yield
     finally:
@@ -156,16 +183,24 @@ def _environment(config: LaunchConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_held(workers: int, nodes: Nodes) -> Iterator[None]:
-    """Workers start with signals blocked, so that Ctrl-C amid their imports does not give a traceback from each.
+def _signals_blocked() -> Iterator[None]:
+    """Inside, a stop signal waits; processes that are started keep it so."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    A blocked signal waits until `_work` lets it in. Here, it waits until all workers are started and the agent can end
-    them; then a thread opens itself to signals, and Python runs their handlers in the main thread all the same.
-    So it does while no worker is there because other nodes have yet to come, which may take long.
-    The agent installs handlers and leaves them: the usual ones come back.
+
+@contextmanager
+def _signals_held(workers: int, nodes: Nodes) -> Iterator[None]:
+    """Workers start with signals blocked, as the server has them, which wait until `_work` lets them in.
+
+    Here, they wait until all workers are started and the agent can end them; then a thread opens itself to signals,
+    and Python runs their handlers in the main thread all the same. So it does while no worker is there because other
+    nodes have yet to come, which may take long. The agent installs handlers and leaves them: the usual ones come back.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    resource_tracker.ensure_running()  # its start, otherwise at the first worker's, unblocks signals
     done = threading.Event()
 
     def open_to_signals() -> None:
@@ -176,15 +211,14 @@ def _signals_held(workers: int, nodes: Nodes) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         done.wait()
 
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=open_to_signals, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with _signals_blocked():
+        threading.Thread(target=open_to_signals, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _work(worker: str, config: Launchable, run_dir: Path | None, failures: str) -> dict[str, Any]:
@@ -192,6 +226,8 @@ def _work(worker: str, config: Launchable, run_dir: Path | None, failures: str) 
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # end at once and silently: the parent says why
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    gc.freeze()  # collections would touch, and so copy, memory that the workers share
+    gc.enable()
     try:
         return _resolve(worker)(config, run_dir)
     except Exception as error:

@@ -10,9 +10,8 @@ from twohop.trainer.app import run_app
 from twohop.trainer.clusters.nodes import find_nodes
 from twohop.trainer.config import ClusterConfig, Config, DistillConfig, InitConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.launch import start, world_size
+from twohop.trainer.launch import preloading, start, world_size
 from twohop.trainer.run_folder import read_config
-from twohop.trainer.validate import validate
 
 WITHOUT_RUN = ("-h", "--help", "--hydra-help", "--version")
 
@@ -43,11 +42,14 @@ def run_stored(
         config.distill = DistillConfig()  # a teacher teaches in training alone, and may be gone by now
         config.cluster = ClusterConfig()  # where it was trained is no matter here
         config.train.compile = config.engine.fp8_experts = False  # neither is used outside of training
-        if check is not None:
-            check(config)
         nodes = find_nodes(config)
-        validate(config, world_size(config.launch, nodes), training=False)
-        return start(worker, config, run_dir, nodes).get("valid_loss")
+        with preloading(worker, config.launch):
+            from twohop.trainer.validate import validate  # needs torch, which `--help` does not
+
+            if check is not None:
+                check(config)
+            validate(config, world_size(config.launch, nodes), training=False)
+            return start(worker, config, run_dir, nodes).get("valid_loss")
 
     return run_app(command, schema, overrides, task)
 

@@ -5,12 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from twohop.trainer import cli, launch
+from twohop.trainer import cli, launch, stored
 from twohop.trainer.commands import generate, train
 from twohop.trainer.commands.generate import _quote_prompt
 
@@ -34,6 +35,8 @@ def started(monkeypatch):
     monkeypatch.setattr(launch, "start", lambda worker, config, run_dir, *nodes: calls.append((config, run_dir)) or {})
     monkeypatch.setattr(train, "start", launch.start)
     monkeypatch.setattr("twohop.trainer.stored.start", launch.start)
+    for module in (train, stored):
+        monkeypatch.setattr(module, "preloading", lambda *_: nullcontext())
     return calls
 
 

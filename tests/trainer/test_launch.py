@@ -77,7 +77,7 @@ def test_killed_worker_is_named_with_its_signal(tmp_path, capfd):
     ("stop", "code", "early"), [(signal.SIGINT, 130, True), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, False)]
 )
 def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
-    """Early: amid the imports of the workers. Ctrl-C reaches the whole process group, SIGTERM the parent alone."""
+    """Early: amid the imports. Ctrl-C reaches the whole process group, SIGTERM the parent alone."""
     program = (
         "import sys\n"
         "from twohop.trainer import cli\n"
@@ -97,7 +97,7 @@ def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
     )
     try:
         if early:
-            wait_until(lambda: len(children(parent.pid)) >= 2)  # the resource tracker and the first of two workers
+            wait_until(lambda: len(children(parent.pid)) >= 2)  # the resource tracker and the server
         else:
             wait_until(lambda: len(list(tmp_path.glob("run/pid-*"))) == 2)
         (os.killpg if stop is signal.SIGINT else os.kill)(parent.pid, stop)

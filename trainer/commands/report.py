@@ -1,7 +1,6 @@
 """`twohop report run=DIR`: write report.html of a run, also while it is training."""
 
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.report import write_report
 from twohop.trainer.stored import take_run
 
 
@@ -10,6 +9,8 @@ def main(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print("usage: twohop report run=DIR\n\nwrites DIR/report.html: loss, time by phase, expert load, bytes of hops")
         return 0
+    from twohop.trainer.report import write_report  # needs matplotlib, which `--help` does not
+
     run_dir, rest = take_run("report", args)
     if rest:
         raise ConfigError(f"{rest[0]}: twohop report takes run=DIR and nothing else")

@@ -12,7 +12,6 @@ from twohop.trainer.commands.train import for_hydra
 from twohop.trainer.config import ClusterKind, Config, SubmitConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.run_folder import has_checkpoint
-from twohop.trainer.validate import validate
 
 OWN_KEYS = ("dry_run", "out")  # the other arguments are for `twohop train`
 # What writes the job, and the program that takes it from its standard input.
@@ -32,6 +31,8 @@ def main(args: list[str]) -> int:
 
 def submit(args: list[str], config: SubmitConfig, sweep_dir: Path | None) -> None:
     """Write the job that runs `twohop train` with `args`, and hand it in unless `dry_run`."""
+    from twohop.trainer.validate import validate  # needs torch, which `--help` does not
+
     cluster = config.cluster
     if cluster.name not in SYSTEMS:
         raise ConfigError(

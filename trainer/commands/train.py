@@ -8,11 +8,9 @@ from twohop.trainer.app import run_app
 from twohop.trainer.clusters.nodes import Nodes, find_nodes
 from twohop.trainer.config import ClusterKind, Config
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.initial import check_init, with_origin
-from twohop.trainer.launch import joins_outer_launcher, start, world_size
+from twohop.trainer.launch import joins_outer_launcher, preloading, start, world_size
 from twohop.trainer.run_folder import has_checkpoint, open_run
 from twohop.trainer.sweep import is_started_again
-from twohop.trainer.validate import validate
 
 WORKER = "twohop.trainer.workers:train"
 
@@ -27,12 +25,24 @@ def for_hydra(args: list[str]) -> list[str]:
 
     `profile=true` is short for a key, because Hydra has no value for a group of keys; `with_origin` adds the model.
     """
-    return with_origin([re.sub("^profile=(true|false)$", r"profile.enabled=\1", arg) for arg in args])
+    if any(arg.lstrip("+").startswith("init.") for arg in args):
+        from twohop.trainer.initial import with_origin  # needs torch, which `--help` does not
+
+        args = with_origin(args)
+    return [re.sub("^profile=(true|false)$", r"profile.enabled=\1", arg) for arg in args]
 
 
 def train(config: Config, sweep_dir: Path | None) -> float | None:
     """Train and return `optimized_metric`, on every rank's process or the parent of its node's ranks."""
     nodes = find_nodes(config)
+    with preloading(WORKER, config.launch):
+        return _train(config, sweep_dir, nodes)
+
+
+def _train(config: Config, sweep_dir: Path | None, nodes: Nodes) -> float | None:
+    from twohop.trainer.initial import check_init
+    from twohop.trainer.validate import validate
+
     validate(config, world_size(config.launch, nodes))
     if config.resume is None:
         check_init(config)
