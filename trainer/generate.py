@@ -4,13 +4,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from twohop.models import EncoderDecoder, Transformer, generate, translate
+from twohop.models import EncoderDecoder, MoEModel, Transformer, build_model, generate, translate
 from twohop.trainer.config import GenerateConfig
 from twohop.trainer.data import Tokenizer
 from twohop.trainer.data.multitask import encode_source
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.setup import Run
+from twohop.trainer.state import model_tensors
+from twohop.trainer.world import exchanging
+
+# A model of no more bytes than this comes whole to every process that writes with it: tokens come one at a time, and
+# for each, every MoE layer would exchange messages, which take longer than all that is computed.
+WHOLE_BYTES = 2**30
 
 
 def sample_text(run: Run) -> str | None:
@@ -19,7 +26,7 @@ def sample_text(run: Run) -> str | None:
     Every rank of the world must call this.
     """
     if isinstance(run.model, EncoderDecoder):
-        return _sample_translations(run, run.model)
+        return _sample_translations(run)
     if not isinstance(run.model, Transformer) or run.data.tokenizer is None:
         return None
     return generate_text(run, fit_to_context(run, run.config.generate))
@@ -35,17 +42,19 @@ def generate_text(run: Run, config: GenerateConfig) -> str:
     """
     tokenizer = _tokenizer(run)
     if isinstance(run.model, EncoderDecoder):
-        return _translate_prompt(run, run.model, config)
+        return _translate_prompt(run, config)
     if config.task is not None:
         kind = run.config.model.kind.value
         raise ConfigError(f"generate.task={config.task} has no use with model.kind={kind}: leave it out")
     if not isinstance(run.model, Transformer):
         raise ConfigError(f"model.kind={run.config.model.kind.value}: only a decoder continues a prompt")
+    model = writing_model(run)
+    assert isinstance(model, Transformer)
     ids_BT = torch.tensor([tokenizer.encode(config.prompt)], device=run.device)
     generator = torch.Generator(run.device).manual_seed(config.seed)
     try:
         with run.engine.autocast():
-            ids_BT = generate(run.model, ids_BT, config.max_new_tokens, config.temperature, config.top_k, generator)
+            ids_BT = generate(model, ids_BT, config.max_new_tokens, config.temperature, config.top_k, generator)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return tokenizer.decode(ids_BT[0].tolist())
@@ -69,10 +78,31 @@ def translate_texts(
     return [tokenizer.decode(i for i in ids if i < tokenizer.vocab_size) for ids in ids_BT.tolist()]
 
 
-def _translate_prompt(run: Run, model: EncoderDecoder, config: GenerateConfig) -> str:
+def writing_model(run: Run) -> MoEModel:
+    """The run's model; if it is spread over ranks and small, a whole copy of it, which gives the same text.
+
+    Every rank of the world must call this.
+    """
+    state = model_tensors(run.model)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # of a DTensor: of all ranks
+    if size > WHOLE_BYTES or not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return run.model
+    with exchanging("the whole model"):
+        whole = {
+            name.removeprefix("model."): tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in state.items()
+        }
+    model = build_model(run.config.model, device=run.device)
+    model.load_state_dict(whole, assign=True)  # as they are, also in their type
+    return model
+
+
+def _translate_prompt(run: Run, config: GenerateConfig) -> str:
     if config.task not in run.data.tasks:
         raise ConfigError(f"generate.task={config.task}: use one of the run's tasks, {', '.join(run.data.tasks)}")
     task = run.data.tasks.index(config.task)
+    model = writing_model(run)
+    assert isinstance(model, EncoderDecoder)
     try:
         with run.engine.autocast():
             return translate_texts(model, _tokenizer(run), [task], [config.prompt], config.max_new_tokens)[0]
@@ -80,8 +110,10 @@ def _translate_prompt(run: Run, model: EncoderDecoder, config: GenerateConfig) -
         raise ConfigError(f"generate.prompt: {error}") from None
 
 
-def _sample_translations(run: Run, model: EncoderDecoder) -> str:
+def _sample_translations(run: Run) -> str:
     """A line of the validation split for each task, and what the model makes of it."""
+    model = writing_model(run)
+    assert isinstance(model, EncoderDecoder)
     tokenizer, inputs = _tokenizer(run), run.data.valid.batch(range(len(run.data.tasks))).inputs
     tasks, lengths = inputs["task_B"].tolist(), inputs["source_length_B"].tolist()
     texts = [tokenizer.decode(ids[1:n]) for ids, n in zip(inputs["source_BS"].tolist(), lengths, strict=True)]

@@ -20,7 +20,7 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
 from twohop.comm import CommError
-from twohop.trainer import workers
+from twohop.trainer import generate, workers
 from twohop.trainer.data import sample_numbers
 from twohop.trainer.errors import CheckpointError, ConfigError, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
@@ -122,12 +122,22 @@ def test_the_loss_is_a_mean_over_all_tokens_plus_the_routers_losses(tmp_path: Pa
 WHOLE_SPLIT = ("eval.batches=0", "data.valid_fraction=0.15")
 
 
-def evaluated(directory: Path) -> tuple[Evaluation, str]:
-    run = runs.start(directory, *WHOLE_SPLIT)
-    return evaluate(run), generate_text(run, run.config.generate)
+def evaluated(directory: Path, engine: str) -> tuple[Evaluation, str, str]:
+    """Also two texts: of a whole copy on each rank, which sends nothing, and of the model as it is."""
+    run = runs.start(directory, *WHOLE_SPLIT, engine)
+    valid = evaluate(run)
+    run.meter.reset()
+    alone = generate_text(run, run.config.generate)
+    assert not any(messages for phases in run.meter.snapshot().values() for _, messages in phases.values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "WHOLE_BYTES", 0)
+        together = generate_text(run, run.config.generate)
+    assert any(messages for phases in run.meter.snapshot().values() for _, messages in phases.values())
+    return valid, alone, together
 
 
-def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["engine.name=ddp", "engine.name=fsdp"])
+def test_evaluation_and_text_are_those_of_one_process(engine: str, tmp_path: Path) -> None:
     """The split has a number of windows that neither micro-batches nor ranks divide."""
     write_corpus(tmp_path)
     run = runs.start(tmp_path, *WHOLE_SPLIT)
@@ -143,10 +153,10 @@ def test_evaluation_and_text_are_those_of_one_process(tmp_path: Path) -> None:
     own, own_text = evaluate(run), generate_text(run, run.config.generate)
     assert own[:2] == expected  # loss and accuracy
     assert len(own_text) >= len(run.config.generate.prompt)
-    found = run_distributed(evaluated, 4, tmp_path, init=False)
-    assert {valid for valid, _ in found} == {found[0][0]}
+    found = run_distributed(evaluated, 4, tmp_path, engine, init=False)
+    assert {valid for valid, *_ in found} == {found[0][0]}
     assert found[0][0][:2] == expected
-    assert {text for _, text in found} == {own_text}
+    assert {text for _, *texts in found for text in texts} == {own_text}
 
 
 def test_a_text_longer_than_the_context_is_refused(tmp_path: Path) -> None:
