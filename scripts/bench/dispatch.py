@@ -30,7 +30,7 @@ from common import (
     time_once,
     write_json,
 )
-from layers import Weights, deepspeed_layer, dense_layer, our_layer, output_and_gradient
+from layers import Sizes, Weights, by_tokens, deepspeed_layer, dense_layer, our_layer, output_and_gradient
 from rich.console import Console
 from rich.table import Table
 from rivals import Rivals
@@ -133,16 +133,17 @@ def our_forward(name: str, chunks: int, topology: Topology, meter: TrafficMeter)
 
 def measure_layers(topology: Topology, args: argparse.Namespace) -> dict[str, Any]:
     """DeepSpeed's MoE layer against ours; a layer that cannot run is named with the reason."""
-    case, weights, data = LAYER_CASE, Weights.make(LAYER_FFN_DIM), Data.make(LAYER_CASE, topology.rank)
-    meter = TrafficMeter()
-    layers = {f"our layer, {name}": our_layer(name, 8, topology, weights, case.k, meter) for name in ("flat", "dedup")}
+    case, data = LAYER_CASE, Data.make(LAYER_CASE, topology.rank)
+    sizes = Sizes(DIM, LAYER_FFN_DIM, NUM_EXPERTS, case.k)
+    weights = Weights.make(sizes)
+    layers = {f"our layer, {name}": our_layer(topology, weights, sizes, name, 8) for name in ("flat", "dedup")}
     skipped = {}
     try:
-        layers = {"deepspeed.moe.layer.MoE": deepspeed_layer(topology, weights, case.k)} | layers
+        layers = {"deepspeed.moe.layer.MoE": deepspeed_layer(topology, weights, sizes)} | layers
     except ImportError as error:
         skipped["deepspeed.moe.layer.MoE"] = f"not installed here: {error}"
-    expected = output_and_gradient(dense_layer(weights, case.k), data)
-    measures = {name: partial(time_once, layer, data, expected) for name, layer in layers.items()}
+    expected = output_and_gradient(dense_layer(weights, sizes), data.x_ND, data.grad_ND)
+    measures = {name: partial(time_once, by_tokens(layer), data, expected) for name, layer in layers.items()}
     in_turn(measures, 1)
     times = in_turn(measures, args.rounds, args.budget)
     return {

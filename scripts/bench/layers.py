@@ -1,100 +1,152 @@
-"""A whole MoE layer, DeepSpeed's and ours: the same router, the same experts, the same tokens, nothing dropped.
+"""Whole MoE layers, with gating and real experts: a dense reference, ours, and DeepSpeed's `MoE`.
 
-Unlike the other rows of the benchmark these include gating and real experts: two matrices, GELU between them.
-Shapes: N tokens of a rank, D width, F hidden width of an expert, E experts (of the layer, or of this rank).
+All of a comparison have the same router, the same experts and the same tokens, and drop nothing.
+Shapes: N tokens of a rank, K experts for each token, D width, F hidden width of an expert, U width of its first
+matrix (F, or 2F for SwiGLU), E experts (of the layer, or of this rank).
 """
 
 import contextlib
 import io
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from common import DIM, NUM_EXPERTS, Data, Forward
+from common import Forward
 from torch import nn
 
-from twohop.comm import Topology, TrafficMeter, build_dispatcher
-from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
+from twohop.comm import Topology, build_dispatcher
+from twohop.models.config import Activation, ModelConfig, MoEConfig, RouterConfig
+from twohop.models.feed_forward import activate, up_width
 from twohop.models.moe import MoELayer
+
+
+class Sizes(NamedTuple):
+    """Of a layer."""
+
+    dim: int
+    ffn_dim: int
+    num_experts: int
+    k: int
+    activation: Activation = Activation.gelu
+    capacity_factor: float | None = None  # of the layers that have one; data are such that it drops nothing
 
 
 class Weights(NamedTuple):
     """Of the whole layer, the same on every rank."""
 
     router_ED: torch.Tensor
-    up_EFD: torch.Tensor
+    up_EUD: torch.Tensor
     down_EDF: torch.Tensor
 
     @classmethod
-    def make(cls, ffn_dim: int) -> "Weights":
+    def make(cls, sizes: Sizes) -> "Weights":
+        e, d, f = sizes.num_experts, sizes.dim, sizes.ffn_dim
         generator = torch.Generator().manual_seed(11)
-        shapes = (NUM_EXPERTS, DIM), (NUM_EXPERTS, ffn_dim, DIM), (NUM_EXPERTS, DIM, ffn_dim)
+        shapes = (e, d), (e, up_width(f, sizes.activation), d), (e, d, f)
         return cls(*(torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes))
 
+    def local(self, topology: Topology) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrices of this rank's experts."""
+        return tuple(whole.chunk(topology.ep_size)[topology.ep_rank] for whole in (self.up_EUD, self.down_EDF))
 
-def dense_layer(weights: Weights, k: int) -> Forward:
+
+class Layer:
+    """A layer as a function of the tokens [N, D], and its module."""
+
+    def __init__(self, module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.module, self._forward = module, forward
+
+    def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self._forward(x_ND)
+
+
+def dense_layer(weights: Weights, sizes: Sizes, renormalize: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
     """The reference: every expert on every token."""
 
-    def forward(x_ND: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    def forward(x_ND: torch.Tensor) -> torch.Tensor:
         probs_NE = (x_ND @ weights.router_ED.T).softmax(-1)
-        kept_NE = torch.zeros_like(probs_NE).scatter(1, probs_NE.topk(k).indices, 1.0) * probs_NE
-        mixed_NE = kept_NE / kept_NE.sum(-1, keepdim=True)
+        mixed_NE = torch.zeros_like(probs_NE).scatter(1, probs_NE.topk(sizes.k).indices, 1.0) * probs_NE
+        if renormalize:
+            mixed_NE = mixed_NE / mixed_NE.sum(-1, keepdim=True)
         y_ND = torch.zeros_like(x_ND)
-        for e, (up_FD, down_DF) in enumerate(zip(weights.up_EFD, weights.down_EDF, strict=True)):
-            y_ND = y_ND + mixed_NE[:, e : e + 1] * (nn.functional.gelu(x_ND @ up_FD.T) @ down_DF.T)
+        for e, (up_UD, down_DF) in enumerate(zip(weights.up_EUD, weights.down_EDF, strict=True)):
+            y_ND = y_ND + mixed_NE[:, e : e + 1] * (activate(x_ND @ up_UD.T, sizes.activation) @ down_DF.T)
         return y_ND
 
     return forward
 
 
-def our_layer(name: str, chunks: int, topology: Topology, weights: Weights, k: int, meter: TrafficMeter) -> Forward:
-    dispatcher = build_dispatcher(name, topology, NUM_EXPERTS, chunks=chunks, meter=meter)
-    moe = MoEConfig(router=RouterConfig(top_k=k, renormalize=True))
-    layer = MoELayer(ModelConfig(dim=DIM, ffn_dim=weights.up_EFD.shape[1], moe=moe), dispatcher)
-    local = slice(dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local_experts)
+def our_layer(
+    topology: Topology,
+    weights: Weights,
+    sizes: Sizes,
+    dispatcher: str = "flat",
+    chunks: int = 1,
+) -> Layer:
+    carrier = build_dispatcher(dispatcher, topology, sizes.num_experts, chunks=chunks)
+    moe = MoEConfig(router=RouterConfig(top_k=sizes.k, renormalize=True), capacity_factor=sizes.capacity_factor)
+    config = ModelConfig(dim=sizes.dim, ffn_dim=sizes.ffn_dim, activation=sizes.activation, moe=moe)
+    layer = MoELayer(config, carrier)
     with torch.no_grad():
         layer.router.gate.weight.copy_(weights.router_ED)
-        layer.experts.up.copy_(weights.up_EFD[local])
-        layer.experts.down.copy_(weights.down_EDF[local])
-    return lambda x_ND, ids_NK, weights_NK: layer(x_ND.unsqueeze(0))[0].squeeze(0)  # it routes by itself
+        for parameter, local in zip((layer.experts.up, layer.experts.down), weights.local(topology), strict=True):
+            parameter.copy_(local)
+    return Layer(layer, lambda x_ND: layer(x_ND.unsqueeze(0))[0].squeeze(0))
 
 
-def deepspeed_layer(topology: Topology, weights: Weights, k: int) -> Forward:
+def deepspeed_layer(topology: Topology, weights: Weights, sizes: Sizes) -> Layer:
     """DeepSpeed's MoE with all copies kept. Raises ImportError where it is not installed. Collective."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-        import deepspeed
-        from deepspeed.moe.layer import MoE
+    if sizes.activation is not Activation.gelu:
+        raise ValueError("its experts are any module: GELU stands for all here")
+    start_deepspeed()
+    from deepspeed.moe.layer import MoE
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-        ffn_dim = weights.up_EFD.shape[1]
-        expert = nn.Sequential(nn.Linear(DIM, ffn_dim, bias=False), nn.GELU(), nn.Linear(ffn_dim, DIM, bias=False))
+    up, down = (nn.Linear(*shape, bias=False) for shape in ((sizes.dim, sizes.ffn_dim), (sizes.ffn_dim, sizes.dim)))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         layer = MoE(
-            hidden_size=DIM,
-            expert=expert,
-            num_experts=NUM_EXPERTS,
+            hidden_size=sizes.dim,
+            expert=nn.Sequential(up, nn.GELU(), down),
+            num_experts=sizes.num_experts,
             ep_size=topology.ep_size,
-            k=k,
-            drop_tokens=False,
+            k=sizes.k,
+            capacity_factor=sizes.capacity_factor or 1.0,
+            drop_tokens=sizes.capacity_factor is not None,
             use_rts=False,
             top2_2nd_expert_sampling=False,
         )
         layer.set_deepspeed_parallelism()
-    first = topology.ep_rank * layer.num_local_experts
     with torch.no_grad():
         layer.deepspeed_moe.gate.wg.weight.copy_(weights.router_ED)
-        for e, network in enumerate(layer.deepspeed_moe.experts.deepspeed_experts, start=first):
-            network[0].weight.copy_(weights.up_EFD[e])
-            network[2].weight.copy_(weights.down_EDF[e])
-    return lambda x_ND, ids_NK, weights_NK: layer(x_ND)[0]
+        experts = layer.deepspeed_moe.experts.deepspeed_experts
+        for network, up_FD, down_DF in zip(experts, *weights.local(topology), strict=True):
+            network[0].weight.copy_(up_FD)
+            network[2].weight.copy_(down_DF)
+    return Layer(layer, lambda x_ND: layer(x_ND)[0])
 
 
-def output_and_gradient(layer: Forward, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+def start_deepspeed() -> None:
+    """Join it to the process group. Raises ImportError where it is not installed."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def by_tokens(layer: Callable[[torch.Tensor], torch.Tensor]) -> Forward:
+    """A layer that routes by itself, as the other rows of the benchmark are called."""
+    return lambda x_ND, ids_NK, weights_NK: layer(x_ND)
+
+
+def output_and_gradient(
+    layer: Callable[[torch.Tensor], torch.Tensor], x_ND: torch.Tensor, grad_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the layer makes of the tokens, and the gradient of its input."""
-    x_ND = data.x_ND.clone().requires_grad_()
-    y_ND = layer(x_ND, data.ids_NK, data.weights_NK)
-    (grad_ND,) = torch.autograd.grad(y_ND, x_ND, data.grad_ND)
+    x_ND = x_ND.clone().requires_grad_()
+    y_ND = layer(x_ND)
+    (grad_ND,) = torch.autograd.grad(y_ND, x_ND, grad_ND)
     return y_ND.detach(), grad_ND
