@@ -17,8 +17,9 @@ setup: $(INSTALLED)  ## create .venv and install the project with its pinned dep
 train: $(INSTALLED)  ## train the quickstart model: PR-MoE on real text, 4 processes as 2 nodes × 2 ranks
 	$(BIN)/twohop train experiment=quickstart
 
+# Two processes share the tests file by file: one waits or runs on one core where the other has work.
 test: lint  ## lint, check types and run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

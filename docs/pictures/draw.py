@@ -1,7 +1,7 @@
 """python docs/pictures/draw.py
 
 Draws the pictures of the documentation. What can be computed is: the routes from `twohop.comm.routes`, the groups from
-`twohop.comm.topology`, the schedule from `twohop.comm.schedule`; tests/test_docs.py holds the files to what this draws.
+`twohop.comm.topology`, the schedule from `twohop.comm.schedule`; tests/docs holds the files to what this draws.
 """
 
 from collections.abc import Sequence
