@@ -152,7 +152,7 @@ def exchange_counts(
     answer = channel.start(message.view(-1), [length] * peers, rooms, "counts", room).wait()
     received = torch.stack([message[:length] for message in answer.split(rooms)])
 
-    ranks = torch.tensor(channel.ranks, device=counts.device)
+    ranks = from_host(channel.ranks, torch.int64, counts.device)
     odd = (received[:, 0] != mark) | (received[:, 1] != 0)
     trouble = torch.where(odd, (ranks + 1) * KINDS + received[:, 1], received[:, 2])
     heard = torch.stack([trouble, received[:, 3]], dim=1)
@@ -192,6 +192,12 @@ def _room(length: int) -> int:
     while room < length:
         room *= ROOM_FACTOR
     return room
+
+
+def from_host(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Integers of the host on the device, which the host does not wait for."""
+    on_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
 
 
 def _to_host(wanted: Any) -> Any:

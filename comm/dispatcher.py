@@ -16,6 +16,7 @@ import torch
 from twohop.comm.clock import COMBINE, DISPATCH, EXPERTS, PhaseClock
 from twohop.comm.counts import NOT_FINITE, WRONG_EXPERTS, Grid
 from twohop.comm.diagnose import announce_failure
+from twohop.comm.kernels import fused
 from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
 from twohop.comm.plan import Plan, make_plan
 from twohop.comm.routes import ROUTES
@@ -103,6 +104,7 @@ class TokenDispatcher:
             (weight_n,) = carry_weights(weights_NK, planned.plan)
             (chunk,) = planned.plan.chunks
             rows_RD = last(way_there(tokens_ND, chunk, planned.way.wires))
+        assert isinstance(chunk.counts, list)  # as they were asked for
         return Dispatched(rows_RD, chunk.counts, planned.plan, weight_n, planned.way)
 
     @torch.compiler.disable
@@ -144,7 +146,8 @@ class TokenDispatcher:
         Every rank of the EP group must call this, also with N = 0. Arguments and errors as in `dispatch`, and:
 
         Args:
-            experts: (rows [R, D], rows of each local expert) -> [R, D]; called once for each chunk.
+            experts: (rows [R, D], rows of each local expert) -> [R, D]; called once for each chunk. If it has a
+                `dtype`, it gets rows of that; the sums home have the tokens' in any case.
             beside: work that needs nothing of the experts (a shared expert); runs beside the first hop, before any
                 call of `experts`.
 
@@ -154,13 +157,24 @@ class TokenDispatcher:
         return self.follow(self.plan(tokens_ND, expert_ids_NK, weights_NK), tokens_ND, experts, beside)
 
     @torch.compiler.disable
-    def plan(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> Planned:
+    def plan(
+        self,
+        tokens_ND: torch.Tensor,
+        expert_ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+        counts_on_device: bool = False,
+    ) -> Planned:
         """The first half of `run`: agree on who sends what, and bring the combine weights to the experts.
 
-        Every rank of the EP group must call this, and `follow` afterwards. Arguments and errors as in `dispatch`.
+        Every rank of the EP group must call this, and `follow` afterwards. Arguments and errors as in `dispatch`, and:
+
+        Args:
+            counts_on_device: the experts also take int64 counts [E] on the device, with more rows than these say;
+                what they return for those that belong to no expert goes nowhere. On a GPU that has all experts,
+                neither planning nor following then waits for the device.
         """
         with self.clock.phase(DISPATCH, self.label):
-            return self._plan(tokens_ND, expert_ids_NK, weights_NK)
+            return self._plan(tokens_ND, expert_ids_NK, weights_NK, counts_on_device=counts_on_device)
 
     @torch.compiler.disable
     def follow(
@@ -182,7 +196,7 @@ class TokenDispatcher:
                 raise ValueError(f"the plan is for tokens {[*wanted[0]]} {wanted[1]}, not {[*given[0]]} {given[1]}")
         self._most_tokens = planned.plan.most_tokens
 
-        def announced_experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        def announced_experts(rows_RD: torch.Tensor, counts: Any) -> torch.Tensor:
             with announce_failure(self.topology, f"{self.label}, experts"), self.clock.phase(EXPERTS, self.label):
                 expert_rows_RD = experts(rows_RD, counts)
                 _check_expert_rows(expert_rows_RD, rows_RD)
@@ -191,14 +205,21 @@ class TokenDispatcher:
         def phase(name: str) -> AbstractContextManager[None]:
             return self.clock.phase(name, self.label)
 
-        return run(tokens_ND, planned.weights_NK, planned.plan, planned.way.wires, announced_experts, beside, phase)
+        dtype = getattr(experts, "dtype", tokens_ND.dtype)
+        plan, wires = planned.plan, planned.way.wires
+        return run(tokens_ND, planned.weights_NK, plan, wires, announced_experts, beside, phase, dtype)
 
     def way(self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor) -> Way:
         """How the next call with such tokens carries them; no communication, the same on all ranks."""
         return self._choose(self._most_tokens, expert_ids_NK.shape[1], tokens_ND.shape[1], tokens_ND.dtype)
 
     def _plan(
-        self, tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, chunks: int | None = None
+        self,
+        tokens_ND: torch.Tensor,
+        expert_ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+        chunks: int | None = None,
+        counts_on_device: bool = False,
     ) -> Planned:
         with announce_failure(self.topology, f"{self.label}, dispatch"):
             _check_arguments(tokens_ND, expert_ids_NK, weights_NK)
@@ -220,7 +241,8 @@ class TokenDispatcher:
             unknown_NK = expert_ids_NK >= self.num_experts
             status = torch.where(unknown_NK.any(), WRONG_EXPERTS, NOT_FINITE * ~finite)
             ids_NK = expert_ids_NK.masked_fill(unknown_NK, -1)
-            plan = make_plan(ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status)
+            on_device = counts_on_device and fused(tokens_ND)  # torch's own sums would read rows of nobody
+            plan = make_plan(ids_NK, carried_NK, self.grid, way.hops, task, way.chunks, status, on_device)
         self._most_tokens = plan.most_tokens
         self._plans += 1
         return Planned(way, plan, self._plans, (tokens_ND.shape, tokens_ND.dtype), weights_NK)

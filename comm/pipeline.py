@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from twohop.comm.clock import COMBINE, DISPATCH
 from twohop.comm.exchange import Pending
+from twohop.comm.kernels import fused
 from twohop.comm.plan import Chunk, Move, Plan
 from twohop.comm.schedule import schedule
 from twohop.comm.tree import Spread
@@ -27,7 +28,8 @@ from twohop.comm.wire import format_of
 from twohop.comm.wiring import Direction, Wires
 
 Phase = Callable[[str], AbstractContextManager[None]]
-Experts = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (rows [R, D], rows of each expert) -> [R, D]
+# (rows [R, D], rows of each expert) -> [R, D]; see `TokenDispatcher.plan` for counts that are a tensor
+Experts = Callable[[torch.Tensor, Any], torch.Tensor]
 
 BACKWARD = {Direction.dispatch: Direction.dispatch_backward, Direction.combine: Direction.combine_backward}
 
@@ -98,44 +100,49 @@ class _Spread(torch.autograd.Function):
     """Copy rows to their children (down) or sum the children (up); each is the backward of the other."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, spread: Spread, up: bool) -> torch.Tensor:
-        ctx.spread, ctx.up = spread, up
-        return spread.up(rows) if up else spread.down(rows)
+    def forward(ctx: Any, rows: torch.Tensor, spread: Spread, up: bool, dtype: torch.dtype) -> torch.Tensor:
+        ctx.spread, ctx.up, ctx.dtype = spread, up, rows.dtype
+        return spread.up(rows, dtype=dtype) if up else spread.down(rows, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.spread.down(grad) if ctx.up else ctx.spread.up(grad), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        spread = ctx.spread
+        return spread.down(grad, ctx.dtype) if ctx.up else spread.up(grad, dtype=ctx.dtype), None, None, None
 
 
-def _down(rows: torch.Tensor, spread: Spread) -> torch.Tensor:
-    return _Spread.apply(rows, spread, False)
+def _down(rows: torch.Tensor, spread: Spread, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _Spread.apply(rows, spread, False, dtype or rows.dtype)
 
 
 def _up(rows: torch.Tensor, spread: Spread) -> torch.Tensor:
-    return _Spread.apply(rows, spread, True)
+    return _Spread.apply(rows, spread, True, rows.dtype)
 
 
 class _WeighAndSum(torch.autograd.Function):
     """Multiply the experts' rows by their combine weights and sum those of one token."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: torch.Tensor, weight_n: torch.Tensor, spread: Spread) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows_RD: torch.Tensor, weight_n: torch.Tensor, spread: Spread, dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.spread = spread
         ctx.save_for_backward(rows_RD, weight_n)
-        return spread.up(rows_RD, weight_n)
+        return spread.up(rows_RD, weight_n, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         rows_RD, weight_n = ctx.saved_tensors
+        if fused(rows_RD):
+            return *ctx.spread.weighted_down(grad, rows_RD, weight_n), None, None
         place_n = ctx.spread.bags[0].children_C  # of each assignment among the experts' rows
         grad_RD = ctx.spread.down(grad)
         grad_weight_n = None
         if ctx.needs_input_grad[1]:
             grad_weight_n = (grad_RD.to(weight_n.dtype) * rows_RD).sum(-1).index_select(0, place_n)
         weight_R1 = torch.empty_like(weight_n).index_copy_(0, place_n, weight_n).unsqueeze(1)
-        return (grad_RD * weight_R1).to(rows_RD.dtype), grad_weight_n, None
+        return (grad_RD * weight_R1).to(rows_RD.dtype), grad_weight_n, None, None
 
 
 class _Carry(torch.autograd.Function):
@@ -159,8 +166,13 @@ def carry_weights(weights_NK: torch.Tensor | None, plan: Plan) -> tuple[torch.Te
     return weight_n.split([chunk.num_assignments for chunk in plan.chunks])
 
 
-def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
-    """A chunk's tokens to its experts; yields once after every start of an exchange and last the experts' rows."""
+def way_there(
+    tokens: torch.Tensor, chunk: Chunk, wires: Wires, dtype: torch.dtype | None = None
+) -> Iterator[torch.Tensor]:
+    """A chunk's tokens to its experts; yields once after every start of an exchange and last the experts' rows.
+
+    These are rounded to `dtype` (None: as they are) as they are copied.
+    """
     rows = tokens
     for move in chunk.moves:
         transfer = _Transfer(move, Direction.dispatch, wires)
@@ -168,12 +180,17 @@ def way_there(tokens: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torc
         with transfer.under_way():
             yield ticket
         rows = _Wait.apply(ticket, transfer)
-    yield _down(rows, chunk.to_experts)
+    yield _down(rows, chunk.to_experts, dtype)
 
 
-def way_home(rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires) -> Iterator[torch.Tensor]:
-    """The experts' rows of a chunk home; yields once after every start of an exchange and last the tokens' sums."""
-    rows = _WeighAndSum.apply(rows_RD, weight_n, chunk.to_experts)
+def way_home(
+    rows_RD: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires, dtype: torch.dtype | None = None
+) -> Iterator[torch.Tensor]:
+    """The experts' rows of a chunk home; yields once after every start of an exchange and last the tokens' sums.
+
+    All sums have `dtype` (None: that of the rows).
+    """
+    rows = _WeighAndSum.apply(rows_RD, weight_n, chunk.to_experts, dtype or rows_RD.dtype)
     for move in reversed(chunk.moves):
         transfer = _Transfer(move, Direction.combine, wires)
         ticket = _Start.apply(rows, transfer)
@@ -197,14 +214,16 @@ def run(
     experts: Experts,
     beside: Callable[[], Any] | None,
     phase: Phase,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, Any]:
     """Tokens through the experts and home [N, D], chunk by chunk; `beside` runs while the first hops are under way.
 
+    The experts get rows in `dtype`; their sums have that of the tokens.
     What is done for dispatch and for combine is done inside `phase(DISPATCH)` and `phase(COMBINE)`.
     """
     weights = carry_weights(weights_NK, plan)
     tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
-    ways = [_through(*parts, wires, experts, phase) for parts in zip(tokens, weights, plan.chunks, strict=True)]
+    ways = [_through(*parts, wires, experts, phase, dtype) for parts in zip(tokens, weights, plan.chunks, strict=True)]
     done: list[torch.Tensor] = list(tokens)
     num_hops = len(plan.chunks[0].moves)
     turns = schedule(num_hops, len(plan.chunks))
@@ -219,16 +238,22 @@ def run(
 
 
 def _through(
-    tokens: torch.Tensor, weight_n: torch.Tensor, chunk: Chunk, wires: Wires, experts: Experts, phase: Phase
+    tokens: torch.Tensor,
+    weight_n: torch.Tensor,
+    chunk: Chunk,
+    wires: Wires,
+    experts: Experts,
+    phase: Phase,
+    dtype: torch.dtype,
 ) -> Iterator[torch.Tensor]:
-    there = way_there(tokens, chunk, wires)
+    there = way_there(tokens, chunk, wires, dtype)
     for _ in chunk.moves:
         with phase(DISPATCH):
             ticket = next(there)
         yield ticket
     with phase(DISPATCH):
         rows_RD = next(there)
-    home = way_home(experts(rows_RD, chunk.counts), weight_n, chunk, wires)
+    home = way_home(experts(rows_RD, chunk.counts), weight_n, chunk, wires, tokens.dtype)
     for _ in (*chunk.moves, None):
         with phase(COMBINE):
             rows = next(home)

@@ -49,7 +49,7 @@ class Chunk:
     moves: tuple[Move, ...]
     to_experts: Spread  # from the rows that arrived to the experts' rows, by expert, home rank, token
     num_assignments: int  # that arrive; their weights are summed with their rows, in order of arrival
-    counts: list[int]  # rows of each local expert
+    counts: list[int] | torch.Tensor  # rows of each local expert; a tensor: int64, on the device
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def make_plan(
     task: str,
     num_chunks: int,
     status: torch.Tensor,
+    counts_on_device: bool = False,
 ) -> Plan:
     """Agree with the group on all counts, move the assignments, and decide every copy of every row.
 
@@ -115,7 +116,11 @@ def make_plan(
         hops: the route; every rank of the group must call with the same one, as with num_chunks.
         task: what this rank is about to do; ranks that are about to do something else are found out here.
         status: int64 scalar, see `twohop.comm.counts`.
+        counts_on_device: without a hop nothing has to be agreed on, so one chunk is planned without waiting for the
+            device: `Chunk.counts` is a tensor, and the experts have a row for every slot, dropped ones last.
     """
+    if counts_on_device and not hops:
+        return _plan_alone(expert_ids_NK, weights_NK, grid.num_experts)
     tokens = _chunk_sizes(len(expert_ids_NK), num_chunks)
     own, slot_n = _own_assignments(expert_ids_NK, weights_NK, grid.num_experts, tokens)
     counts = agree(_count(own, grid, num_chunks), grid, hops, task, status, len(expert_ids_NK))
@@ -149,6 +154,21 @@ def make_plan(
         num_slots=expert_ids_NK.numel(),
         most_tokens=counts.most_tokens,
     )
+
+
+def _plan_alone(expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor, num_experts: int) -> Plan:
+    """The plan of a rank that has all experts; see `make_plan`. All sizes are known: no value is read on the host."""
+    num_tokens = len(expert_ids_NK)
+    own, slot_n = _own_assignments(expert_ids_NK, weights_NK, num_experts, [num_tokens])
+    dropped_n = own.expert_n < 0
+    expert_n = own.expert_n.masked_fill(dropped_n, num_experts)
+    sending_R = expert_n.argsort(stable=True)
+    # Dropped assignments stand last in the bag as well, as children of one more parent, which is then left out.
+    bag = Bag.from_parents(own.row_n.masked_fill(dropped_n, num_tokens), inverse(sending_R), num_tokens + 1)
+    to_experts = Spread(own.row_n.index_select(0, sending_R), (Bag(bag.children_C, bag.offsets[:-1]),))
+    counts_E = expert_n.new_zeros(num_experts + 1).scatter_add_(0, expert_n, torch.ones_like(expert_n))[:-1]
+    chunk = Chunk(num_tokens, (), to_experts, len(expert_n), counts_E)
+    return Plan((chunk,), (), own.weight_n, slot_n, len(slot_n), num_tokens)
 
 
 def _chunk_sizes(num_tokens: int, chunks: int) -> list[int]:

@@ -1,9 +1,16 @@
-"""Spread a row to its children, and sum the children back: the two local operations of dispatch and combine."""
+"""Spread a row to its children, and sum the children back: the two local operations of dispatch and combine.
+
+On a GPU each is one kernel of `comm/kernels`; what stands here for the CPU also says what they compute.
+
+Shapes: R rows, C children, D width.
+"""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from twohop.comm.kernels import fused
 
 
 @dataclass(frozen=True)
@@ -25,15 +32,21 @@ class Bag:
         (first, last), (start, end) = parents, children
         return Bag(self.children_C[start:end] - start, self.offsets[first : last + 1] - start)
 
-    def sum(self, rows_CD: torch.Tensor, weights_C: torch.Tensor | None = None) -> torch.Tensor:
+    def sum(
+        self, rows_CD: torch.Tensor, weights_C: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """[parents, D]: every parent's children added up one after the other; a parent without children is 0.
 
         The order of additions is a function of the bag alone, never of where the rows stand, which is what makes
         all dispatch algorithms agree to the bit. Weights multiply the children, in order of `children_C`.
-        Half-precision rows are added up in fp32 and rounded once for each parent.
+        Half-precision rows are added up in fp32; sums are rounded once, to `dtype` (None: that of the rows).
         """
+        if fused(rows_CD):
+            from twohop.comm.kernels.segment_sum import segment_sum
+
+            return segment_sum(rows_CD, self.children_C, self.offsets, weights_C, dtype)
         if len(rows_CD) == 0:
-            return rows_CD.new_zeros(len(self.offsets) - 1, *rows_CD.shape[1:])
+            return rows_CD.new_zeros(len(self.offsets) - 1, *rows_CD.shape[1:], dtype=dtype)
         wide = torch.promote_types(rows_CD.dtype, torch.float32)
         weights_C = None if weights_C is None else weights_C.to(wide)
         summed = F.embedding_bag(
@@ -44,7 +57,7 @@ class Bag:
             per_sample_weights=weights_C,
             include_last_offset=True,
         )
-        return summed.to(rows_CD.dtype)
+        return summed.to(dtype or rows_CD.dtype)
 
 
 @dataclass(frozen=True)
@@ -54,16 +67,38 @@ class Spread:
     gather_C: torch.Tensor  # row to copy for each child
     bags: tuple[Bag, ...]  # innermost level first
 
-    def down(self, rows_RD: torch.Tensor) -> torch.Tensor:
-        """[children, D]: the copies."""
-        return rows_RD.index_select(0, self.gather_C)
+    def down(self, rows_RD: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[children, D]: the copies, in `dtype` (None: that of the rows)."""
+        if fused(rows_RD):
+            from twohop.comm.kernels.spread import spread
 
-    def up(self, rows_CD: torch.Tensor, weights_C: torch.Tensor | None = None) -> torch.Tensor:
+            return spread(rows_RD, *self._leaves(), dtype=dtype)
+        return rows_RD.index_select(0, self.gather_C).to(dtype or rows_RD.dtype)
+
+    def up(
+        self, rows_CD: torch.Tensor, weights_C: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """[rows, D]: the sums. Weights, if any, belong to the innermost children in order of their bag."""
-        for bag in self.bags:
+        for bag in self.bags[:-1]:
             rows_CD = bag.sum(rows_CD, weights_C)
             weights_C = None
-        return rows_CD
+        return self.bags[-1].sum(rows_CD, weights_C, dtype)
+
+    def weighted_down(
+        self, grad_RD: torch.Tensor, rows_CD: torch.Tensor, weights_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backward of `up` with weights: gradients of its rows and of its weights. On a GPU alone."""
+        from twohop.comm.kernels.weighted_spread import weighted_spread
+
+        return weighted_spread(grad_RD, rows_CD, *self._leaves(), weights_C)
+
+    def _leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Children and offsets, as of a `Bag`, of the rows themselves: all levels at once."""
+        innermost, *outer = self.bags
+        offsets = innermost.offsets
+        for bag in outer:  # whose children stand in the order of the parents of the level inside
+            offsets = offsets.index_select(0, bag.offsets)
+        return innermost.children_C, offsets
 
 
 def inverse(order: torch.Tensor) -> torch.Tensor:

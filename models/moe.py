@@ -92,7 +92,8 @@ class MoELayer(nn.Module):
         filled = self.capacity(routing)
         if self.observe is not None and self.training:
             self.observe(filled.ids_NK)
-        planned = self.dispatcher.plan(x_ND, self._slots(filled.ids_NK), filled.weights_NK)
+        ids_NK = self._slots(filled.ids_NK)
+        planned = self.dispatcher.plan(x_ND, ids_NK, filled.weights_NK, self.experts.counts_on_device)
         dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         zero = torch.zeros_like(dropped)
         tokens = torch.full_like(dropped, len(routing.weights_NK))

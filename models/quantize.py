@@ -41,6 +41,8 @@ def quantize_experts(model: "MoEModel", bits: int) -> None:
 class QuantizedExperts(nn.Module):
     """`Experts` without gradients, whose weights are integers and scales; both have the expert as first dimension."""
 
+    counts_on_device = False  # see `TokenDispatcher.plan`
+
     def __init__(self, num_experts: int, dim: int, ffn_dim: int, activation: Activation, bits: int) -> None:
         super().__init__()
         if bits == 4 and (dim % GROUP or ffn_dim % GROUP):

@@ -34,7 +34,9 @@ class ReferenceDispatcher:
         y_ND = rows_RD.new_zeros(dispatched.num_tokens, rows_RD.shape[1])
         return y_ND.index_add(0, dispatched.token_R, weighted_RD)
 
-    def plan(self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+    def plan(
+        self, x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, counts_on_device: bool = False
+    ) -> tuple[Tensor, Tensor]:
         return ids_NK, weights_NK
 
     def follow(

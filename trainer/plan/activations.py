@@ -32,7 +32,7 @@ class StandIn(TokenDispatcher):
         """The one that takes all rows."""
         return 1
 
-    def plan(self, tokens_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor) -> Any:
+    def plan(self, tokens_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, counts_on_device: bool = False) -> Any:
         """How many rows come."""
         return self.rows(expert_ids_NK.numel()), weights_NK
 
