@@ -58,6 +58,22 @@ def test_help_needs_neither_torch_nor_hydra():
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
 
 
+def test_a_configuration_is_composed_without_what_only_a_run_needs():
+    code = (
+        "import sys\n"
+        "from importlib import import_module\n"
+        "from twohop.trainer import cli\n"
+        "for command in cli.COMMANDS:\n"
+        "    import_module(f'twohop.trainer.commands.{command}')\n"
+        "cli.run(['train', '--cfg', 'job'])\n"
+        "slow = {'torch', 'numpy', 'matplotlib', 'rich', 'tokenizers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "moe:" in done.stdout
+
+
 def test_every_command_has_help(capfd):
     for command in COMMANDS:
         code, out, err = run(f"{command} --help", capfd)

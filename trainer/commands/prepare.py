@@ -4,8 +4,6 @@ from pathlib import Path
 
 from twohop.trainer.app import run_app
 from twohop.trainer.config import PrepareConfig
-from twohop.trainer.data import prepare
-from twohop.trainer.validate_data import check_data
 
 
 def main(args: list[str]) -> int:
@@ -15,6 +13,9 @@ def main(args: list[str]) -> int:
 
 def write_tokens(config: PrepareConfig, sweep_dir: Path | None) -> None:
     """Write the token files and say how to train from them."""
+    from twohop.trainer.data import prepare  # needs torch, which `--help` does not
+    from twohop.trainer.validate_data import check_data
+
     check_data(config.data)
     folder = prepare(config.data, None if config.out is None else Path(config.out).expanduser())
     print(f"{folder}: train from it with data=tokens data.files={folder}")
