@@ -142,6 +142,8 @@ class _WeighAndSum(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight_n = (grad_RD.to(weight_n.dtype) * rows_RD).sum(-1).index_select(0, place_n)
         weight_R1 = torch.empty_like(weight_n).index_copy_(0, place_n, weight_n).unsqueeze(1)
+        if grad_RD.dtype == rows_RD.dtype == weight_n.dtype:
+            return grad_RD.mul_(weight_R1), grad_weight_n, None, None
         return (grad_RD * weight_R1).to(rows_RD.dtype), grad_weight_n, None, None
 
 

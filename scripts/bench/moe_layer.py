@@ -5,8 +5,10 @@ tokens, weights, routing, threads and allocator. Every output and gradient is co
 anything is timed. Its limit is the bare dense matmuls of the expert rows of each rank, timed right after the layer
 with the same threads: two matrices for experts with GELU, three with SwiGLU.
 
-    A  4,096 tokens, D 256, F 1,024, 16 experts, top-2        B  2,048 tokens, D 512, F 2,048, 8 experts, top-1, C 1.25
-    C  2,048 tokens, D 256, F 128, 64 experts, top-8          S  A with skewed routing: the hottest expert has 3.9 x the mean
+    A  4,096 tokens, D 256, F 1,024, 16 experts, top-2
+    B  2,048 tokens, D 512, F 2,048, 8 experts, top-1, capacity 1.25
+    C  2,048 tokens, D 256, F 128, 64 experts, top-8
+    S  A with skewed routing: the hottest expert has 3.9 times the mean
     L  A with 128 tokens
 
 Tokens are those of one rank. The memory of a layer, with --memory, is the largest resident set of a process of its
@@ -73,26 +75,25 @@ OURS = {
 class Job(NamedTuple):
     """What the ranks of one group do."""
 
-    shape: Shape
+    shapes: dict[str, Shape]
     layers: tuple[str, ...]
     rounds: int
-    budget_s: float
+    budget_s: float  # for each shape
 
 
 def main() -> int:
     args = parse_arguments()
     console, names = Console(width=150), tuple(OURS) + (tuple(PEERS) if args.peers else ())
     names = tuple(name for name in names if not args.only or any(part in name for part in args.only))
-    results = []
-    for name in args.shapes:
-        for ranks in args.ranks:
-            job = Job(SHAPES[name], names, args.rounds, args.budget)
-            measured = {"shape": name, "ranks": ranks, **in_processes(timings, job, ranks, ALLOCATOR)}
+    results: list[dict[str, Any]] = []
+    job = Job({name: SHAPES[name] for name in args.shapes}, names, args.rounds, args.budget)
+    for ranks in args.ranks:
+        for measured in in_processes(timings, job, ranks, ALLOCATOR):
             console.print(table(measured))
             results.append(measured)
     memory = {}
     for name in names if args.memory else ():
-        memory[name] = in_processes(peak_bytes, Job(SHAPES["A"], (name,), 1, 0), 1, FRUGAL)
+        memory[name] = in_processes(peak_bytes, Job({"A": SHAPES["A"]}, (name,), 1, 0), 1, FRUGAL)
     if memory:
         console.print(memory_table(memory))
     if args.json is not None:
@@ -171,24 +172,27 @@ def rows_at(weights: Weights, shape: Shape, topology: Topology) -> int:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def timings(topology: Topology, job: Job) -> dict[str, Any]:
-    """Medians of the seconds of each layer and of the bare matmuls after it. Collective."""
-    shape, data = job.shape, Data.make(job.shape, topology.rank)
-    measures, skipped = {}, {}
-    for name in job.layers:
+def timings(topology: Topology, job: Job) -> list[dict[str, Any]]:
+    """Of each shape, medians of the seconds of each layer and of the bare matmuls after it. Collective."""
+    return [time_shape(topology, job, name) for name in job.shapes]
+
+
+def time_shape(topology: Topology, job: Job, name: str) -> dict[str, Any]:
+    shape = job.shapes[name]
+    data, measures, skipped = Data.make(shape, topology.rank), {}, {}
+    for layer_name in job.layers:
         try:
-            layer, activation = build(name, topology, shape, data)
+            layer, activation = build(layer_name, topology, shape, data)
         except (ImportError, NotImplementedError) as error:
-            skipped[name] = str(error)
+            skipped[layer_name] = str(error)
             continue
         rows = rows_at(weights_of(shape, activation, topology.ep_size), shape, topology)
-        floor = Floor(rows, shape.sizes(activation))
-        measures[name] = partial(time_layer_and_floor, layer, data, floor)
+        measures[layer_name] = partial(time_layer_and_floor, layer, data, Floor(rows, shape.sizes(activation)))
     in_turn(measures, 2)
     times = in_turn(measures, job.rounds, job.budget_s)
-    rows = [summary(name, times[name], shape.tokens * topology.world_size) for name in measures]
-    threads = torch.get_num_threads()
-    return {"layers": rows, "skipped": skipped, "threads": threads, "machine": machine(), **shape._asdict()}
+    setting = {"shape": name, "ranks": topology.world_size, "threads": torch.get_num_threads(), **shape._asdict()}
+    summaries = [summary(layer, times[layer], shape.tokens * topology.world_size) for layer in measures]
+    return {**setting, "layers": summaries, "skipped": skipped, "machine": machine()}
 
 
 def weights_of(shape: Shape, activation: Activation, ranks: int) -> Weights:
@@ -250,9 +254,10 @@ def summary(name: str, times: list[tuple[float, ...]], tokens: int) -> dict[str,
 
 def peak_bytes(topology: Topology, job: Job) -> int | str:
     """What a pass of the only layer takes beyond what stands anyway, its weights' gradients included."""
-    (name,), data = job.layers, Data.make(job.shape, topology.rank)
+    (name,), (shape,) = job.layers, job.shapes.values()
+    data = Data.make(shape, topology.rank)
     try:
-        layer, _ = build(name, topology, job.shape, data)
+        layer, _ = build(name, topology, shape, data)
     except (ImportError, NotImplementedError) as error:
         return str(error)
 
