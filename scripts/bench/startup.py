@@ -30,7 +30,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     runs: dict[str, list[float]] = {}
     with TemporaryDirectory(prefix="twohop-startup-") as folder:
         cache = Path(folder, "cache")
-        empty = watch_run(_train(options, Path(folder, "first"), cache), Path(folder, "first"))
+        first = Path(folder, "first")
+        empty = watch_run([*_train(options, first, cache), "train.steps=1"], first)
         for number in range(options.rounds):
             for name, measure in _commands(options.nproc).items():
                 commands.setdefault(name, []).append(measure())
