@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from twohop.comm.clock import COMBINE, DISPATCH
 from twohop.comm.exchange import Pending
-from twohop.comm.kernels import fused
 from twohop.comm.plan import Chunk, Move, Plan
 from twohop.comm.schedule import schedule
 from twohop.comm.tree import Spread
@@ -134,17 +133,8 @@ class _WeighAndSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         rows_RD, weight_n = ctx.saved_tensors
-        if fused(rows_RD):
-            return *ctx.spread.weighted_down(grad, rows_RD, weight_n), None, None
-        place_n = ctx.spread.bags[0].children_C  # of each assignment among the experts' rows
-        grad_RD = ctx.spread.down(grad)
-        grad_weight_n = None
-        if ctx.needs_input_grad[1]:
-            grad_weight_n = (grad_RD.to(weight_n.dtype) * rows_RD).sum(-1).index_select(0, place_n)
-        weight_R1 = torch.empty_like(weight_n).index_copy_(0, place_n, weight_n).unsqueeze(1)
-        if grad_RD.dtype == rows_RD.dtype == weight_n.dtype:
-            return grad_RD.mul_(weight_R1), grad_weight_n, None, None
-        return (grad_RD * weight_R1).to(rows_RD.dtype), grad_weight_n, None, None
+        grads = ctx.spread.weighted_down(grad, rows_RD, weight_n, of_weights=ctx.needs_input_grad[1])
+        return *grads, None, None
 
 
 class _Carry(torch.autograd.Function):

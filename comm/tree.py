@@ -2,7 +2,7 @@
 
 On a GPU each is one kernel of `comm/kernels`; what stands here for the CPU also says what they compute.
 
-Shapes: R rows, C children, D width.
+Shapes: R rows, C children, B children of a block, D width.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from twohop.comm.kernels import fused
+
+BLOCK_BYTES = 2**20  # of rows: several blocks fit a cache
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,25 @@ class Spread:
         return self.bags[-1].sum(rows_CD, weights_C, dtype)
 
     def weighted_down(
-        self, grad_RD: torch.Tensor, rows_CD: torch.Tensor, weights_C: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backward of `up` with weights: gradients of its rows and of its weights. On a GPU alone."""
-        from twohop.comm.kernels.weighted_spread import weighted_spread
+        self, grad_RD: torch.Tensor, rows_CD: torch.Tensor, weights_C: torch.Tensor, of_weights: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The backward of `up` with weights, of one level: gradients of its rows and, if wanted, of its weights."""
+        if fused(rows_CD):
+            from twohop.comm.kernels.weighted_spread import weighted_spread
 
-        return weighted_spread(grad_RD, rows_CD, *self._leaves(), weights_C)
+            return weighted_spread(grad_RD, rows_CD, *self._leaves(), weights_C)
+        place_C = self.bags[0].children_C  # of each weight among the rows
+        weight_C1 = torch.empty_like(weights_C).index_copy_(0, place_C, weights_C).unsqueeze(1)
+        grad_CD, dots_C = torch.empty_like(rows_CD), torch.empty_like(weights_C)
+        # In blocks, so that what is between is still in the cache when it is used again.
+        size = max(1, BLOCK_BYTES // max(1, rows_CD[:1].nbytes))
+        parts = (tensor.split(size) for tensor in (self.gather_C, rows_CD, weight_C1, grad_CD, dots_C))
+        for gather_B, rows_BD, weight_B1, grad_BD, dots_B in zip(*parts, strict=True):
+            copies_BD = grad_RD.index_select(0, gather_B)
+            if of_weights:
+                torch.sum(copies_BD.to(weights_C.dtype) * rows_BD, -1, out=dots_B)
+            torch.mul(copies_BD, weight_B1, out=grad_BD)
+        return grad_CD, dots_C.index_select(0, place_C) if of_weights else None
 
     def _leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Children and offsets, as of a `Bag`, of the rows themselves: all levels at once."""

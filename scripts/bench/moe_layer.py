@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,10 +209,16 @@ def build(name: str, topology: Topology, shape: Shape, data: Data) -> tuple[Laye
     weights = weights_of(shape, peer.activation, topology.ep_size)
     layer = peer.build(topology, weights, sizes)
     renormalize = shape.k > 1 or peer.renormalizes_one
-    expected = output_and_gradient(dense_layer(weights, sizes, renormalize), *data)
+    expected = reference(shape, peer.activation, renormalize, topology.ep_size, topology.rank)
     for actual, wanted in zip(output_and_gradient(layer, *data), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3, msg=lambda m: f"{name}: {m}")
     return layer, peer.activation
+
+
+@cache
+def reference(shape: Shape, activation: Activation, renormalize: bool, ranks: int, rank: int) -> tuple[Tensor, Tensor]:
+    layer = dense_layer(weights_of(shape, activation, ranks), shape.sizes(activation), renormalize)
+    return output_and_gradient(layer, *Data.make(shape, rank))
 
 
 class Floor:

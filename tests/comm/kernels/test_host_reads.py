@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from twohop.comm import Topology, build_dispatcher, dispatcher, pipeline, tree
+from twohop.comm import Topology, build_dispatcher, dispatcher, tree
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
 from twohop.models.experts import Experts
 from twohop.models.moe import MoELayer
@@ -21,7 +21,7 @@ import gpu
 from gpu_parts import Data, ours
 
 
-def fake_spread(rows_PD: Any, children_C: Any, offsets: Any, weights_C: Any = None, dtype: Any = None) -> torch.Tensor:
+def fake_spread(rows_PD: Any, children_C: Any, offsets: Any, dtype: Any = None) -> torch.Tensor:
     return rows_PD.new_empty(len(children_C), rows_PD.shape[1], dtype=dtype)
 
 
@@ -36,7 +36,7 @@ def fake_backward(grad_PD: Any, rows_CD: Any, children_C: Any, offsets: Any, wei
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways of a GPU, with kernels that only have shapes."""
-    for module in (dispatcher, pipeline, tree):
+    for module in (dispatcher, tree):
         monkeypatch.setattr(module, "fused", lambda tensor: True)
     for name, function in (("spread", fake_spread), ("segment_sum", fake_sum), ("weighted_spread", fake_backward)):
         monkeypatch.setitem(sys.modules, f"twohop.comm.kernels.{name}", SimpleNamespace(**{name: function}))
