@@ -5,13 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from twohop.trainer import cli, launch, stored
+from twohop.trainer import cli, launch
 from twohop.trainer.commands import generate, train
 from twohop.trainer.commands.generate import _quote_prompt
 
@@ -29,14 +28,12 @@ def run(line: str, capfd) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, nothing_starts):
     """The configurations that would have been run, instead of worker processes."""
     calls = []
     monkeypatch.setattr(launch, "start", lambda worker, config, run_dir, *nodes: calls.append((config, run_dir)) or {})
     monkeypatch.setattr(train, "start", launch.start)
     monkeypatch.setattr("twohop.trainer.stored.start", launch.start)
-    for module in (train, stored):
-        monkeypatch.setattr(module, "preloading", lambda *_: nullcontext())
     return calls
 
 

@@ -13,7 +13,7 @@ from twohop.trainer.sweep import handing_on_stops, is_started_again
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
+def in_a_folder(tmp_path, monkeypatch, nothing_starts):
     monkeypatch.chdir(tmp_path)
 
 
