@@ -21,7 +21,13 @@ def segment_sum(
 ) -> torch.Tensor:
     """[P, D]: every parent's children, times their weights, added up one after the other; rounded to `dtype` once.
 
-    The transpose of `spread`, with the same arguments. Sums are kept in fp32, those of fp64 rows in fp64.
+    The transpose of `spread`. Sums are kept in fp32, those of fp64 rows in fp64.
+
+    Args:
+        rows_CD: floating point.
+        children_C, offsets: see `spread`.
+        weights_C: of the children, in order of children_C.
+        dtype: None for that of the rows.
     """
     num_parents, d = len(offsets) - 1, rows_CD.shape[1]
     sums_PD = rows_CD.new_empty(num_parents, d, dtype=dtype)

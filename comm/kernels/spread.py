@@ -10,15 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from twohop.comm.kernels.tiles import block_of, wide
+from twohop.comm.kernels.tiles import block_of
 
 
 def spread(
-    rows_PD: torch.Tensor,
-    children_C: torch.Tensor,
-    offsets: torch.Tensor,
-    weights_C: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    rows_PD: torch.Tensor, children_C: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """[C, D]: each parent's row, at the places of all its children, in `dtype`.
 
@@ -26,7 +22,6 @@ def spread(
         rows_PD: floating point.
         children_C: int64, the place of each child, grouped by parent. Places of no child are left as they are.
         offsets: int64 [P + 1]: the children of parent p are children_C[offsets[p]:offsets[p + 1]].
-        weights_C: multiply the copies, in order of children_C; the product is rounded to `dtype` once.
         dtype: None for that of the rows.
     """
     num_rows, d = rows_PD.shape
@@ -39,27 +34,19 @@ def spread(
             rows_PD.contiguous(),
             children_C,
             offsets,
-            children_C if weights_C is None else weights_C,
             copies_CD,
             d,
-            WEIGHTED=weights_C is not None,
-            WIDE=wide(rows_PD.dtype, *([] if weights_C is None else [weights_C.dtype])),
             BLOCK=block,
         )
     return copies_CD
 
 
 @triton.jit
-def _spread(  # type: ignore[no-untyped-def]
-    rows, children, offsets, weights, copies, d, WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _spread(rows, children, offsets, copies, d, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     parent = tl.program_id(0).to(tl.int64)
     column_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside_B = column_B < d
-    row_B = tl.load(rows + parent * d + column_B, mask=inside_B)
+    row_B = tl.load(rows + parent * d + column_B, mask=inside_B).to(copies.dtype.element_ty)
     for child in range(tl.load(offsets + parent), tl.load(offsets + parent + 1)):
         place = tl.load(children + child)
-        copy_B = row_B
-        if WEIGHTED:
-            copy_B = row_B.to(WIDE) * tl.load(weights + child).to(WIDE)
-        tl.store(copies + place * d + column_B, copy_B.to(copies.dtype.element_ty), mask=inside_B)
+        tl.store(copies + place * d + column_B, row_B, mask=inside_B)

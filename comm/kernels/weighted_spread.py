@@ -19,8 +19,8 @@ def weighted_spread(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The backward of a weighted `segment_sum` in one pass: gradients of its rows [C, D] and of its weights [C].
 
-    The first is `spread` of grad_PD with the weights, in the rows' dtype; the second, in that of the weights, has the
-    inner product of each child's row with its parent's gradient, and 0 where a weight belongs to no parent.
+    The first is each parent's gradient times the child's weight, in the rows' dtype. The second, in the weights', is
+    the inner product of the child's row and the parent's gradient, and 0 where a weight belongs to no parent.
     """
     num_parents, d = grad_PD.shape
     grad_CD, grad_weights_C = torch.empty_like(rows_CD), torch.zeros_like(weights_C)

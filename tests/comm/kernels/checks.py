@@ -76,21 +76,11 @@ def test_copies(case) -> None:
 
 @few
 @given(cases(), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_copies_with_weights_in_another_dtype(case, to) -> None:
-    from twohop.comm.kernels.spread import spread as kernel
-
-    spread, _, rows_CD, weights_C, dtype, generator = case
+def test_copies_in_another_dtype(case, to) -> None:
+    spread, num_rows, rows_CD, _, dtype, generator = case
     assume(dtype is not torch.float64)
-    bag = spread.bags[0]
-    rows_PD = torch.randn(len(bag.offsets) - 1, rows_CD.shape[1], generator=generator).to(dtype)
-    parent_C = torch.arange(len(rows_PD)).repeat_interleave(bag.offsets.diff())
-    copies_CD = rows_PD[parent_C]
-    if weights_C is not None:
-        copies_CD = copies_CD * weights_C[:, None]  # in fp32
-    expected = torch.empty_like(copies_CD, dtype=to).index_copy_(0, bag.children_C, rounded(copies_CD, to))
-    given_weights = None if weights_C is None else weights_C.to(DEVICE)
-    place = on_device(spread).bags[0]
-    same(kernel(rows_PD.to(DEVICE), place.children_C, place.offsets, given_weights, to), expected)
+    rows_RD = torch.randn(num_rows, rows_CD.shape[1], generator=generator).to(dtype)
+    same(on_device(spread).down(rows_RD.to(DEVICE), to), rounded(rows_RD, to)[spread.gather_C])
 
 
 @few

@@ -20,14 +20,14 @@ from twohop.comm.kernels.weighted_spread import _weighted_spread
 
 INDICES = {"children": "*i64", "offsets": "*i64", "weights": "*fp32", "d": "i32"}
 CASES = {
-    "spread": (_spread, {"rows": "*bf16", "copies": "*bf16"}, {"WEIGHTED": False}),
-    "spread with a cast": (_spread, {"rows": "*fp32", "copies": "*bf16"}, {"WEIGHTED": False}),
-    "sum": (_segment_sum, {"rows": "*bf16", "sums": "*bf16"}, {"WEIGHTED": False}),
-    "weighted sum": (_segment_sum, {"rows": "*bf16", "sums": "*fp32"}, {"WEIGHTED": True}),
+    "spread": (_spread, {"rows": "*bf16", "copies": "*bf16"}, {}),
+    "spread with a cast": (_spread, {"rows": "*fp32", "copies": "*bf16"}, {}),
+    "sum": (_segment_sum, {"rows": "*bf16", "sums": "*bf16"}, {"WEIGHTED": False, "WIDE": tl.float32}),
+    "weighted sum": (_segment_sum, {"rows": "*bf16", "sums": "*fp32"}, {"WEIGHTED": True, "WIDE": tl.float32}),
     "its backward": (
         _weighted_spread,
         {"grads": "*bf16", "rows": "*bf16", "grad_rows": "*bf16", "grad_weights": "*fp32"},
-        {},
+        {"WIDE": tl.float32},
     ),
 }
 
@@ -40,9 +40,7 @@ def test_compiled_for_an_h100(case: str, tmp_path: Path, monkeypatch: pytest.Mon
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={
-            (names.index(key),): value for key, value in {"WIDE": tl.float32, "BLOCK": 1024, **options}.items()
-        },
+        constexprs={(names.index(key),): value for key, value in {"BLOCK": 1024, **options}.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types},  # as D 4,096 has it
     )
     flags = {"enable_fp_fusion": False} if kernel is _segment_sum else {}  # as it is launched
