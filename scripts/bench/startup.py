@@ -105,11 +105,12 @@ def watch_run(command: Sequence[str], run_dir: Path) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen: dict[str, float] = {}  # what has appeared -> when
     records: list[dict] = []
+    folder = RunFolder(run_dir)
     try:
         while process.poll() is None:
             if time.perf_counter() - began > PATIENCE_S:
                 raise SystemExit(f"{' '.join(command)} has not ended after {PATIENCE_S:g} s")
-            _look(run_dir, seen, records, time.perf_counter() - began)
+            folder.look(seen, records, time.perf_counter() - began)
             time.sleep(POLL_S)
     finally:
         process.kill()
@@ -117,22 +118,34 @@ def watch_run(command: Sequence[str], run_dir: Path) -> dict[str, float]:
     whole = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}")
-    _look(run_dir, seen, records, whole)
+    folder.look(seen, records, whole)
     return _parts(seen, records, whole)
 
 
-def _look(run_dir: Path, seen: dict[str, float], records: list[dict], now: float) -> None:
-    """Note what is new in the folder."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[len(records) : -1] if path.exists() else []
-    for line in lines:
-        records.append(json.loads(line))
-        seen[f"{records[-1]['kind']} {records[-1]['step']}"] = now
-    for name in ("config.yaml", "summary.json", "report.html"):
-        if name not in seen and (run_dir / name).exists():
-            seen[name] = now
-    for checkpoint in run_dir.glob("checkpoints/step-*"):
-        seen.setdefault(f"checkpoint {int(checkpoint.name.removeprefix('step-'))}", now)
+class RunFolder:
+    """Tells what is new in a folder; reads each line of its metrics once, to take nothing from the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0  # in metrics.jsonl
+
+    def look(self, seen: dict[str, float], records: list[dict], now: float) -> None:
+        """Note what is new since the last look."""
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size > self._position:
+            with metrics.open("rb") as file:
+                file.seek(self._position)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]  # without a line that is still being written
+            self._position += len(whole)
+            for line in whole.splitlines():
+                records.append(json.loads(line))
+                seen[f"{records[-1]['kind']} {records[-1]['step']}"] = now
+        for name in ("config.yaml", "summary.json", "report.html"):
+            if name not in seen and (self.path / name).exists():
+                seen[name] = now
+        for checkpoint in self.path.glob("checkpoints/step-*"):
+            seen.setdefault(f"checkpoint {int(checkpoint.name.removeprefix('step-'))}", now)
 
 
 def _parts(seen: dict[str, float], records: list[dict], whole: float) -> dict[str, float]:
