@@ -76,7 +76,7 @@ def test_all_algorithms_equal_the_reference(levels: tuple[int, ...], ep_size: in
     check(levels, ep_size, cases, experts)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)  # a new world costs more than its layers
 @given(data=st.data())
 def test_random_layers(data: st.DataObject) -> None:
     levels = data.draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (4, 1), (2, 3), (3, 2), (4, 2), (2, 4), (2, 2, 2)]))
@@ -86,7 +86,7 @@ def test_random_layers(data: st.DataObject) -> None:
     k = data.draw(st.integers(1, min(4, experts)))
     chunks = data.draw(st.sampled_from([1, 1, 2, 3, 7]))
     cases = []
-    for _ in range(6):
+    for _ in range(8):
         tokens = data.draw(st.lists(st.integers(0, 12), min_size=world, max_size=world))
         dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
         routing = data.draw(st.sampled_from(["uniform", "one", "drop", "skewed"]))

@@ -22,7 +22,7 @@ def test_distillation_does_not_depend_on_the_world_or_the_engine(tmp_path: Path)
     """The teacher's layers of 4 and 8 experts are spread over all ranks, the student's 4 over pairs."""
     write_corpus(tmp_path)
     teacher = tmp_path / "teacher"
-    run_distributed(runs.train_run, 2, tmp_path, (f"run.dir={teacher}", "train.steps=10"), init=False)
+    run_distributed(runs.train_run, 2, tmp_path, (f"run.dir={teacher}", "train.steps=4"), init=False)
     student = (*STUDENT, f"distill.teacher={teacher}")
     reference, weights = runs.whole_curve(tmp_path, student)
     for nproc, engine in ((4, "ddp"), (4, "fsdp"), (2, "zero-2")):
