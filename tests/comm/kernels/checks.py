@@ -31,7 +31,7 @@ def cases(draw: st.DrawFn) -> tuple[Spread, int, torch.Tensor, torch.Tensor | No
     spread = Spread(gather_C[sending_C], tuple(bags))
     d = draw(st.sampled_from([1, 5, 16, 33]))
     dtype = draw(st.sampled_from(FLOATS))
-    rows_CD = torch.randn(parents, d, generator=generator).to(dtype)
+    rows_CD = torch.randn(parents, d, dtype=torch.float64, generator=generator).to(dtype)
     weights_C = torch.rand(parents, generator=generator) if draw(st.booleans()) else None
     return spread, num_rows, rows_CD, weights_C, dtype, generator
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from twohop.comm import Topology, build_dispatcher, dispatcher, tree
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
-from twohop.models.experts import Experts
+from twohop.models.experts import ExpertPass, Experts
 from twohop.models.moe import MoELayer
 from twohop.trainer import fp8
 
@@ -49,8 +49,13 @@ def one_pass(capacity_factor: float | None) -> torch.dtype:
     carrier = build_dispatcher("dedup", Topology.one_process(), 4)
     with FakeTensorMode():
         layer = MoELayer(ModelConfig(dim=16, ffn_dim=32, moe=moe), carrier)
-        network = layer.experts.network
-        layer.experts.network = lambda rows, *rest: seen.append(rows.dtype) or network(rows, *rest)
+
+        class Watched(ExpertPass):
+            def __call__(self, rows_RD: torch.Tensor, counts_E: Any) -> torch.Tensor:
+                seen.append(rows_RD.dtype)
+                return super().__call__(rows_RD, counts_E)
+
+        layer.experts.begin = lambda like: Watched(layer.experts, like)
         x_BTD = torch.randn(2, 8, 16, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
             y_BTD, stats = layer(x_BTD)
