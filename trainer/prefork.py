@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from typing import Any
 
 # Imported first, and by this process alone: it prepares the server.
 HOOK = "twohop.trainer.prefork_hook"
@@ -52,5 +53,5 @@ def _stop() -> None:
         server._stop()
 
 
-def _server() -> "forkserver.ForkServer":
-    return forkserver._forkserver  # type: ignore[attr-defined]
+def _server() -> Any:
+    return forkserver._forkserver
