@@ -19,7 +19,7 @@ train: $(INSTALLED)  ## train the quickstart model: PR-MoE on real text, 4 proce
 
 # Two processes share the tests file by file: one waits or runs on one core where the other has work.
 test: lint  ## lint, check types and run every test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -73,11 +73,12 @@ def run_distributed(
     torchrun's variables plus `env`. With `init` the default process group is initialised before and destroyed after;
     without it `fn` does so itself (`env://` works). If ranks fail, the first failure is raised here as it was
     raised there, with the rank's traceback as its cause; no answer in `timeout` seconds is a `TimeoutError`.
-    Ranks in `lost` are expected to die or to stop: theirs is None. Without `keep` the workers end with the call, for
-    an `fn` that leaves something behind in its process.
+    Ranks in `lost` are expected to die or to stop: theirs is None. Without `keep` the workers begin and end with the
+    call, for an `fn` that leaves something behind in its process, or finds fault with what others left.
     """
-    _workers[:] = [worker for worker in _workers if worker.process.is_alive()]
-    _workers.extend(Worker() for _ in range(nproc - len(_workers)))
+    if keep:
+        _workers[:] = [worker for worker in _workers if worker.process.is_alive()]
+        _workers.extend(Worker() for _ in range(nproc - len(_workers)))
     # The store lives here, as it lives in torchrun's agent: no port is ever chosen before it is bound.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     base = {
@@ -87,7 +88,7 @@ def run_distributed(
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    team = _workers[:nproc]
+    team = _workers[:nproc] if keep else [Worker() for _ in range(nproc)]
     for rank, worker in enumerate(team):
         rank_env = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {})
         # The function is pickled by name: the worker unpickles it only after it has our sys.path.

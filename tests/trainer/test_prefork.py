@@ -36,6 +36,13 @@ def test_server_has_one_thread_no_process_group_and_has_not_looked_for_a_gpu():
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 thread\n", "")
 
 
+@pytest.fixture
+def no_server() -> None:
+    """Other tests of this process may have left one, of those that put something in the place of `serving`."""
+    prefork._stop()
+
+
+@pytest.mark.usefixtures("no_server")
 def test_server_lives_as_long_as_its_user_whatever_happens():
     def fail() -> None:
         with launch.preloading("json:loads", LaunchConfig()):
@@ -50,6 +57,7 @@ def test_server_lives_as_long_as_its_user_whatever_happens():
     assert not prefork.is_serving()
 
 
+@pytest.mark.usefixtures("no_server")
 def test_under_an_outer_launcher_there_is_no_server(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with launch.preloading("json:loads", LaunchConfig()):
