@@ -1,8 +1,8 @@
 """Multi-process tests as ordinary functions: `run_distributed(fn, nproc, *args)` runs `fn` on a gloo world.
 
 Importing torch and DeepSpeed costs seconds, so one process does it and all workers are forked from it. They stay
-warm for the whole test session, and every call makes a fresh world of any size out of them. A worker that died, hung or
-was killed is replaced at the next call.
+warm for some calls, each of which makes a fresh world of any size out of them. Where a rank failed, died, hung or was
+killed, all are replaced at the next call.
 """
 
 import atexit
@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+CALLS = 25  # of a worker: every world leaves threads of gloo behind, which spin if a peer was lost
 GRACE_S = 5.0  # after a rank failed, its peers get this long to notice before they are killed
 # What workers have imported when they begin. None of it starts a thread, which a fork would lose.
 PRELOADED = ["pytest", "torch._dynamo", "deepspeed", "twohop.trainer.workers"]
@@ -38,6 +39,7 @@ class Worker:
     """One warm process and the pipe to it."""
 
     def __init__(self) -> None:
+        self.calls = 0
         self.pipe, theirs = _context.Pipe()
         self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
         with mock.patch.object(forkserver, "connect_to_new_process", _server.connect_to_new_process):
@@ -93,11 +95,16 @@ def run_distributed(
         rank_env = base | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {})
         # The function is pickled by name: the worker unpickles it only after it has our sys.path.
         worker.pipe.send_bytes(pickle.dumps((sys.path, rank_env, init, timeout, pickle.dumps((fn, args)))))
+        worker.calls += 1
+    failed = True
     try:
-        return _collect(team, time.monotonic() + timeout, timeout, lost)
+        results = _collect(team, time.monotonic() + timeout, timeout, lost)
+        failed = False
+        return results
     finally:
-        for worker in () if keep else team:
-            worker.kill()
+        for worker in team:
+            if failed or lost or not keep or worker.calls == CALLS:
+                worker.kill()
 
 
 def _collect(team: list[Worker], deadline: float, timeout: float, lost: Collection[int]) -> list[Any]:
