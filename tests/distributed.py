@@ -79,8 +79,9 @@ def run_distributed(
     call, for an `fn` that leaves something behind in its process, or finds fault with what others left.
     """
     if keep:
-        _workers[:] = [worker for worker in _workers if worker.process.is_alive()]
+        # A process keeps its rank for life: torch caches what it once found out about its place in a mesh.
         _workers.extend(Worker() for _ in range(nproc - len(_workers)))
+        _workers[:] = [worker if worker.process.is_alive() else Worker() for worker in _workers]
     # The store lives here, as it lives in torchrun's agent: no port is ever chosen before it is bound.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     base = {

