@@ -5,7 +5,7 @@ E experts.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,12 +57,11 @@ def textbook(topology: Topology, weights: Weights, sizes: Sizes) -> Layer:
     return Layer(layer, layer)
 
 
-def mixtral_block(weights: Weights, sizes: Sizes, experts: str) -> nn.Module:
-    """transformers' block with all experts in one process; `experts` names its implementation."""
+def mixtral_config(sizes: Sizes, **options: Any) -> Any:
+    """transformers' configuration of a model with one such layer."""
     from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(
+    return MixtralConfig(
         hidden_size=sizes.dim,
         intermediate_size=sizes.ffn_dim,
         num_local_experts=sizes.num_experts,
@@ -70,8 +69,15 @@ def mixtral_block(weights: Weights, sizes: Sizes, experts: str) -> nn.Module:
         num_attention_heads=1,
         num_key_value_heads=1,
         num_hidden_layers=1,
-        experts_implementation=experts,
+        **options,
     )
+
+
+def mixtral_block(weights: Weights, sizes: Sizes, experts: str) -> nn.Module:
+    """transformers' block with all experts in one process; `experts` names its implementation."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = mixtral_config(sizes, experts_implementation=experts)
     block = MixtralSparseMoeBlock(config)
     with torch.no_grad():
         block.gate.weight.copy_(weights.router_ED)
@@ -96,19 +102,9 @@ def autoep(topology: Topology, weights: Weights, sizes: Sizes) -> Layer:
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
 
-    config = MixtralConfig(
-        vocab_size=8,
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.ffn_dim,
-        num_local_experts=sizes.num_experts,
-        num_experts_per_tok=sizes.k,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        num_hidden_layers=1,
-    )
-    model = MixtralForCausalLM(config)
+    model = MixtralForCausalLM(mixtral_config(sizes, vocab_size=8))
     model.model.layers[0].mlp = mixtral_block(weights, sizes, "eager")
     settings = AutoEPConfig(enabled=True, autoep_size=topology.ep_size, preset_model="mixtral", load_balance_coeff=None)
     (spec,) = AutoEP(model, settings).ep_parser()

@@ -109,7 +109,7 @@ def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
             wait_until(lambda: len(list(tmp_path.glob("run/pid-*"))) == 2)
             assert sorted(len(children(child)) for child in children(parent.pid)) == [0, 2]  # tracker, server
         (os.killpg if stop is signal.SIGINT else os.kill)(parent.pid, stop)
-        err = parent.communicate(timeout=200)[1]
+        err = parent.communicate(timeout=60)[1]
         wait_until(lambda: not group_exists(parent.pid))
     finally:
         if group_exists(parent.pid):
