@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import run_distributed
 from tests.end_to_end.runs import start
 from tests.tiny import ENGINES, write_corpus
-from twohop.trainer.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.checkpoints.checkpoint import CheckpointStore, load_tensors
 from twohop.trainer.loop import train_step
 from twohop.trainer.setup import Run
 

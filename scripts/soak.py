@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  #
 
 from tests.tiny import tiny_config, tiny_overrides  # noqa: E402
 from twohop.trainer.data import build_data  # noqa: E402
-from twohop.trainer.metrics import read_metrics, read_summary  # noqa: E402
+from twohop.trainer.monitoring.metrics import read_metrics, read_summary  # noqa: E402
 
 RANKS = 4
 GLOBAL_BATCH = 8  # of tests.tiny

@@ -19,7 +19,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from twohop.trainer import cli, loop
 
-PRELOADED = ["twohop.trainer.workers", "twohop.trainer.commands.train", "torch._dynamo"]  # optimizers import the last
+PRELOADED = [
+    "twohop.trainer.launching.workers",
+    "twohop.trainer.commands.train",
+    "torch._dynamo",
+]  # optimizers import the last
 PATIENCE_S = 300.0  # for anything that should happen within seconds
 
 

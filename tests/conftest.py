@@ -12,4 +12,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that put something else in the place of workers: no process imports what these would need."""
-    monkeypatch.setattr("twohop.trainer.prefork.serving", lambda worker: nullcontext())
+    monkeypatch.setattr("twohop.trainer.launching.prefork.serving", lambda worker: nullcontext())

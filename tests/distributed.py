@@ -25,7 +25,7 @@ import torch.distributed as dist
 CALLS = 25  # of a worker: every world leaves threads of gloo behind, which spin if a peer was lost
 GRACE_S = 5.0  # after a rank failed, its peers get this long to notice before they are killed
 # What workers have imported when they begin. None of it starts a thread, which a fork would lose.
-PRELOADED = ["pytest", "torch._dynamo", "deepspeed", "twohop.trainer.workers"]
+PRELOADED = ["pytest", "torch._dynamo", "deepspeed", "twohop.trainer.launching.workers"]
 
 
 class RemoteError(Exception):

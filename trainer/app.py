@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twohop.trainer.cli import complain, suggest
 from twohop.trainer.errors import ConfigError, UserError, WorkerError
-from twohop.trainer.launch import joins_outer_launcher
+from twohop.trainer.launching.launch import joins_outer_launcher
 from twohop.trainer.sweep import SweepFolder, handing_on_stops, is_lost_job, print_jobs, record_job
 
 # (configuration, folder of this job of a sweep or None) -> the value that a sweeper may optimise

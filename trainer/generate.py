@@ -7,12 +7,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from twohop.models import EncoderDecoder, MoEModel, Transformer, build_model, generate, translate
+from twohop.trainer.checkpoints.state import model_tensors
 from twohop.trainer.config import GenerateConfig
 from twohop.trainer.data import Tokenizer
 from twohop.trainer.data.multitask import encode_source
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.setup import Run
-from twohop.trainer.state import model_tensors
 from twohop.trainer.world import exchanging
 
 # A model of no more bytes than this comes whole to every process that writes with it: tokens come one at a time, and

@@ -19,13 +19,13 @@ from twohop.models.config import ModelConfig, MoEConfig
 from twohop.models.interop import Family, InteropError, TensorFolder, differences, read_folder
 from twohop.models.interop.transfer import load_weights
 from twohop.models.upcycle import check_upcycling, upcycle
-from twohop.trainer.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.checkpoints.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.checkpoints.state import model_tensors
 from twohop.trainer.config import Config
 from twohop.trainer.data.tokenizer import TOKENIZER_FILE
 from twohop.trainer.errors import CheckpointError, ConfigError
 from twohop.trainer.run_folder import CHECKPOINTS, CONFIG_FILE, read_config
 from twohop.trainer.setup import Run, model_identity
-from twohop.trainer.state import model_tensors
 from twohop.trainer.world import say
 
 MODEL_OPTION = "of_init"  # the option of the group `model` that holds the other model's configuration

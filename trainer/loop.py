@@ -16,18 +16,18 @@ import torch
 from twohop.comm import NotFiniteError
 from twohop.comm.diagnose import announce_failure
 from twohop.models.layer_drop import drop_layers
+from twohop.trainer.checkpoints.saver import Saver
 from twohop.trainer.errors import Interrupted, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
 from twohop.trainer.faults import recording_faults
 from twohop.trainer.interruption import noting_stop_signals
-from twohop.trainer.metrics import MetricsWriter
-from twohop.trainer.profile import profiling
-from twohop.trainer.progress import Progress
-from twohop.trainer.resources import resources_of_world
-from twohop.trainer.saver import Saver
-from twohop.trainer.schedule import lr_factor
+from twohop.trainer.monitoring.metrics import MetricsWriter
+from twohop.trainer.monitoring.profile import profiling
+from twohop.trainer.monitoring.progress import Progress
+from twohop.trainer.monitoring.resources import resources_of_world
+from twohop.trainer.monitoring.totals import StepTotals
+from twohop.trainer.optimizers.schedule import lr_factor
 from twohop.trainer.setup import Run
-from twohop.trainer.totals import StepTotals
 
 
 def train(run: Run, first_step: int, tracker_id: str, writer: MetricsWriter | None, progress: Progress) -> Evaluation:

@@ -21,19 +21,19 @@ from twohop.comm import (
 from twohop.models import ModelConfig, MoEModel, build_model, parameter_counts
 from twohop.models.build import MakeDispatcher
 from twohop.models.flops import training_flops
-from twohop.trainer.checkpoint import CheckpointStore, load_tensors
-from twohop.trainer.compiling import compile_regions
+from twohop.trainer.checkpoints.checkpoint import CheckpointStore, load_tensors
+from twohop.trainer.checkpoints.state import model_tensors
 from twohop.trainer.config import CommConfig, Config, DataOrder
 from twohop.trainer.data import Data, Loader, build_data
 from twohop.trainer.distill import Teacher, teacher_config
 from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.fp8 import use_fp8_experts
 from twohop.trainer.objective import Objective
 from twohop.trainer.placement import Placement
-from twohop.trainer.recompute import recompute_activations
 from twohop.trainer.run_folder import CHECKPOINTS
-from twohop.trainer.state import model_tensors
+from twohop.trainer.transforms.compiling import compile_regions
+from twohop.trainer.transforms.fp8 import use_fp8_experts
+from twohop.trainer.transforms.recompute import recompute_activations
 from twohop.trainer.world import leader_first, rank, say, sum_over_world, time_exchanges, world_size
 
 COSTS = "cost.json"  # the fitted cost model of comm=auto, in the run folder

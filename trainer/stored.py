@@ -10,7 +10,7 @@ from twohop.trainer.app import run_app
 from twohop.trainer.clusters.nodes import find_nodes
 from twohop.trainer.config import ClusterConfig, Config, DistillConfig, InitConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.launch import preloading, start, world_size
+from twohop.trainer.launching.launch import preloading, start, world_size
 from twohop.trainer.run_folder import read_config
 
 WITHOUT_RUN = ("-h", "--help", "--hydra-help", "--version")
@@ -44,7 +44,7 @@ def run_stored(
         config.train.compile = config.engine.fp8_experts = False  # neither is used outside of training
         nodes = find_nodes(config)
         with preloading(worker, config.launch):
-            from twohop.trainer.validate import validate  # needs torch, which `--help` does not
+            from twohop.trainer.validate.groups import validate  # needs torch, which `--help` does not
 
             if check is not None:
                 check(config)

@@ -13,7 +13,7 @@ from twohop.comm import CommError, PhaseClock
 from twohop.comm.clock import EXPOSED
 from twohop.trainer.config import CommConfig
 from twohop.trainer.errors import UserError
-from twohop.trainer.meeting import meet
+from twohop.trainer.launching.meeting import meet
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from twohop.comm.tree import Spread
 from twohop.models.feed_forward import activate
 from twohop.models.routers import TokenInfo
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.fp8 import use_fp8_experts
+from twohop.trainer.transforms.fp8 import use_fp8_experts
 
 CHECKED = 512  # tokens that are compared with the reference, in fp32
 # Relative to the norm. bf16 rounds to 2^-9 at each of some ten places; e4m3 to 2^-4 at each product's two factors.

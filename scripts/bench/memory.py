@@ -19,7 +19,7 @@ from twohop.models import MoEModel, build_model, init_weights
 from twohop.models.config import ModelConfig, MoEConfig, Residual, RouterConfig
 from twohop.trainer.config import Recompute
 from twohop.trainer.objective import cross_entropy_sum
-from twohop.trainer.recompute import recompute_activations
+from twohop.trainer.transforms.recompute import recompute_activations
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from twohop.comm import Topology
 from twohop.models.config import Activation
-from twohop.trainer.launch import ALLOCATOR
+from twohop.trainer.launching.launch import ALLOCATOR
 
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # the resident set is what is in use
 

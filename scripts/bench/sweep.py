@@ -18,7 +18,7 @@ from moe_layer import Job, Shape, in_processes, timings
 from rich.console import Console
 from rich.table import Table
 
-from twohop.trainer.launch import ALLOCATOR
+from twohop.trainer.launching.launch import ALLOCATOR
 
 BASE = Shape(tokens=1024, dim=256, ffn_dim=512, num_experts=16, k=2)
 AXES: dict[str, tuple[float, ...]] = {

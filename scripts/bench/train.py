@@ -32,9 +32,9 @@ from twohop.models.interop import InteropError, fit_family
 from twohop.trainer.app import run_app
 from twohop.trainer.commands.train import for_hydra
 from twohop.trainer.config import Config
-from twohop.trainer.launch import start
-from twohop.trainer.metrics import read_metrics
-from twohop.trainer.validate import validate
+from twohop.trainer.launching.launch import start
+from twohop.trainer.monitoring.metrics import read_metrics
+from twohop.trainer.validate.groups import validate
 
 NO_ROUTER_LOSSES = ("model.moe.router.load_balance_loss=0", "model.moe.router.z_loss=0")
 CASES: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""The sides of train.py. All are workers of `twohop.trainer.launch`, which gives them the same allocator and threads.
+"""The sides of train.py. All are workers of `launching.launch`, which gives them the same allocator and threads.
 
 A side trains `config.train.steps` steps from the weights of `config.seed` on the batches of `config.data`, with the
 same optimizer and learning rates, and returns the loss of each step and when steps ended (rank 0's).
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from twohop.models.feed_forward import FeedForward
 from twohop.models.moe import MoELayer
-from twohop.trainer import workers
 from twohop.trainer.config import Config, ExportConfig, OptimConfig, TrackerConfig
 from twohop.trainer.data.loader import Step
 from twohop.trainer.exporters.hf import export_hf
 from twohop.trainer.initial import start_weights
-from twohop.trainer.resources import peak_memory
-from twohop.trainer.schedule import lr_factor
+from twohop.trainer.launching import workers
+from twohop.trainer.monitoring.resources import peak_memory
+from twohop.trainer.optimizers.schedule import lr_factor
 from twohop.trainer.setup import Run, set_up
 from twohop.trainer.trackers import TRACKERS
 from twohop.trainer.world import gather_objects, join_world, leave_world, sum_over_world

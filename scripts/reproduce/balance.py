@@ -13,7 +13,7 @@ from statistics import mean
 
 from common import Trained, Variants, compare, spread
 
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 
 MOE = ("model.moe.experts=8", "model.moe.router.top_k=2", "model.moe.router.renormalize=true")
 NO_LOSS = "model.moe.router.load_balance_loss=0"

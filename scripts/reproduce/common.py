@@ -22,11 +22,11 @@ import torch
 from omegaconf import OmegaConf
 
 from twohop.models import parameter_counts
-from twohop.trainer import workers
 from twohop.trainer.app import to_config
 from twohop.trainer.config import Config
+from twohop.trainer.launching import workers
 from twohop.trainer.run_folder import read_config
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 # A language model of bytes that trains in less than a minute on one core: what the studies on text share.
 SMALL_LM = (

@@ -17,7 +17,7 @@ from typing import Any
 
 from common import SMALL_LM, Trained, arguments, open_study, spread, table, train, values, write_json
 
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 
 MOE = ("model.moe.experts=8", "model.moe.router.top_k=2", "train.steps=120")
 CAPACITY = {

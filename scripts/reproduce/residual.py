@@ -12,7 +12,7 @@ import argparse
 
 from common import SMALL_LM, Trained, arguments, loss_table, open_study, table, train, write_json
 
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 
 VARIANTS = {
     "top2": ("model.moe.experts=8", "model.moe.router.top_k=2", "model.moe.router.renormalize=true"),

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from speed import evaluations, in_turn, texts
 
 from twohop.models import parameter_counts
-from twohop.trainer import workers
 from twohop.trainer.app import to_config
 from twohop.trainer.config import ExportConfig
+from twohop.trainer.launching import workers
 from twohop.trainer.run_folder import read_config
 
 MODEL = (

@@ -10,7 +10,7 @@ from common import Trained, configuration
 
 from twohop.models import generate
 from twohop.models.quantize import quantize_experts
-from twohop.trainer.checkpoint import load_tensors
+from twohop.trainer.checkpoints.checkpoint import load_tensors
 from twohop.trainer.config import Config, DistillConfig
 from twohop.trainer.evaluate import evaluate
 from twohop.trainer.setup import Run, set_up, weights_identity

@@ -25,8 +25,8 @@ from twohop.models.interop.family import read_config as read_hf_config
 from twohop.models.interop.family import write_config as write_hf_config
 from twohop.models.routers import ROUTERS, TokenInfo, build_router
 from twohop.models.routers.losses import LOSSES
-from twohop.trainer.metrics import read_metrics
-from twohop.trainer.workers import train
+from twohop.trainer.launching.workers import train
+from twohop.trainer.monitoring.metrics import read_metrics
 
 
 @pytest.mark.usefixtures("examples")

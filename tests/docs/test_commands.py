@@ -186,7 +186,7 @@ def shell(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing
     launcher = importlib.import_module("hydra_plugins.hydra_submitit_launcher.submitit_launcher").BaseSubmititLauncher
     monkeypatch.setattr(launcher, "launch", lambda *args, **options: started(args) and [])
     monkeypatch.setattr("twohop.trainer.data.prepare", lambda *args: started(*args) or tmp_path)
-    monkeypatch.setattr("twohop.trainer.report.write_report", lambda run_dir: started(run_dir))
+    monkeypatch.setattr("twohop.trainer.reports.report.write_report", lambda run_dir: started(run_dir))
     monkeypatch.setattr("twohop.trainer.plan.run.make_plan", lambda config: started(config)["valid_loss"])
     return made
 

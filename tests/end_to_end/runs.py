@@ -12,10 +12,10 @@ from twohop.comm import CommError
 from twohop.models import init_weights
 from twohop.trainer import loop
 from twohop.trainer.data import loader
+from twohop.trainer.launching.workers import train
 from twohop.trainer.loop import train_step
-from twohop.trainer.progress import Progress
+from twohop.trainer.monitoring.progress import Progress
 from twohop.trainer.setup import Run, set_up
-from twohop.trainer.workers import train
 from twohop.trainer.world import join_world, rank
 
 Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step

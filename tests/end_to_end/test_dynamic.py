@@ -10,8 +10,8 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, write_corpus
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.validate import validate
-from twohop.trainer.workers import train
+from twohop.trainer.launching.workers import train
+from twohop.trainer.validate.groups import validate
 
 # 29 samples, of which 24 make three global batches.
 AGAIN = ["data.order=batches", "data.max_mib=0.0005", "eval.batches=1"]

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import ENGINES, tiny_config, write_corpus
-from twohop.trainer import workers
+from twohop.trainer.launching import workers
 
 DROPS = ("model.layer_drop=0.5", "train.steps=6", "model.init_std=0.2", "eval.exit_confidence=0.035")
 

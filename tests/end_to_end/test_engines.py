@@ -11,13 +11,13 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import ENGINES, tiny_config, tiny_overrides, write_corpus
 from twohop.models import init_weights
-from twohop.trainer import workers
 from twohop.trainer.cli import run as twohop
 from twohop.trainer.errors import ConfigError
+from twohop.trainer.launching import workers
 from twohop.trainer.loop import train_step
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 from twohop.trainer.setup import set_up
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 CHAIN = ("ddp", "zero-2", "fsdp", "zero-1", "zero-2", "zero-0", "fsdp", "ddp")  # each step by another engine
 
@@ -74,6 +74,6 @@ def test_what_zero_2_cannot_do_is_refused(tmp_path: Path, overrides: tuple[str, 
 
 
 def test_without_deepspeed_its_engine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twohop.trainer.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("twohop.trainer.validate.groups.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="DeepSpeed is not installed; `pip install deepspeed`, or use engine=fsdp"):
         validate(tiny_config(tmp_path, *ENGINES["zero-1"]), 1)

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import ENGINES, tiny_config, write_corpus
-from twohop.trainer import workers
 from twohop.trainer.config import ExportConfig, InitConfig
 from twohop.trainer.errors import CheckpointError, ConfigError
 from twohop.trainer.initial import check_init, with_origin
+from twohop.trainer.launching import workers
 from twohop.trainer.run_folder import read_config
 
 PLAIN = ("model.activation=swiglu", "model.moe.residual=none", "model.moe.shared_ffn_dim=0", "model.moe.every=1",

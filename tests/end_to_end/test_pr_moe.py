@@ -17,9 +17,9 @@ from tests.tiny import tiny_config, write_corpus
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.models import ModelConfig, MoEConfig, MoELayer, RouterConfig, Routing
 from twohop.models.config import Residual
-from twohop.trainer import workers
+from twohop.trainer.launching import workers
 from twohop.trainer.loop import train_step
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 
 PYRAMID = ["model.num_layers=3", "model.moe.every=1", "model.moe.experts='[2] + [4] + [8]'", "model.moe.router.top_k=1",
            "model.moe.shared_ffn_dim=0", "train.global_batch=16", "train.steps=2"]  # fmt: skip

@@ -12,13 +12,13 @@ from tests.end_to_end import runs
 from tests.tiny import write_corpus
 from twohop.models import init_weights
 from twohop.models.compress import compress, gate_weights
-from twohop.trainer import workers
+from twohop.trainer.checkpoints.state import model_tensors
 from twohop.trainer.config import Config, ExportConfig
 from twohop.trainer.errors import CheckpointError, ConfigError
+from twohop.trainer.launching import workers
 from twohop.trainer.run_folder import read_config
 from twohop.trainer.setup import set_up
-from twohop.trainer.state import model_tensors
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 WIDE = ("model.dim=32", "model.ffn_dim=64", "model.moe.capacity_factor=null", "train.steps=8")
 

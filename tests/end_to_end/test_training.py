@@ -20,14 +20,15 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, tiny_overrides, write_corpus
 from twohop.comm import CommError
-from twohop.trainer import cli, generate, workers
+from twohop.trainer import cli, generate
 from twohop.trainer.data import sample_numbers
 from twohop.trainer.errors import CheckpointError, ConfigError, UserError
 from twohop.trainer.evaluate import Evaluation, evaluate
 from twohop.trainer.generate import generate_text
+from twohop.trainer.launching import workers
+from twohop.trainer.launching.workers import train
 from twohop.trainer.loop import train_step
-from twohop.trainer.metrics import read_metrics, read_summary
-from twohop.trainer.workers import train
+from twohop.trainer.monitoring.metrics import read_metrics, read_summary
 from twohop.trainer.world import join_world, leader_first, rank
 
 TWOHOP = str(Path(sys.executable).with_name("twohop"))

@@ -10,10 +10,10 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config
 from twohop.trainer.errors import CheckpointError, ConfigError
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.launching.workers import evaluate, generate, train
+from twohop.trainer.monitoring.metrics import read_metrics
 from twohop.trainer.setup import set_up
-from twohop.trainer.validate import validate
-from twohop.trainer.workers import evaluate, generate, train
+from twohop.trainer.validate.groups import validate
 from twohop.trainer.world import join_world
 
 VIT = [

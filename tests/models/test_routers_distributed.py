@@ -14,7 +14,7 @@ from tests.tiny import write_corpus
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.models.config import RouterConfig
 from twohop.models.routers import TokenInfo, build_router
-from twohop.trainer.checkpoint import load_tensors
+from twohop.trainer.checkpoints.checkpoint import load_tensors
 from twohop.trainer.loop import train_step
 
 WITHOUT_INPUT_NOISE = ("model.moe.router.jitter=0",)

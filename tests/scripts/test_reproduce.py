@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_overrides, write_corpus
-from twohop.trainer import cli, workers
+from twohop.trainer import cli
 from twohop.trainer.errors import CheckpointError
+from twohop.trainer.launching import workers
 
 REPRODUCE = Path(__file__).parents[2] / "scripts" / "reproduce"
 

@@ -11,7 +11,7 @@ from tests.scripts.test_reproduce import common, load
 from twohop.models import parameter_counts
 from twohop.trainer import cli
 from twohop.trainer.config import Config
-from twohop.trainer.metrics import MetricsWriter
+from twohop.trainer.monitoring.metrics import MetricsWriter
 from twohop.trainer.run_folder import write_config
 
 STUDIES = ("dense_vs_moe", "placement", "residual", "pr_moe", "balance")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from twohop.trainer import cli, launch
+from twohop.trainer import cli
 from twohop.trainer.commands import generate, train
 from twohop.trainer.commands.generate import _quote_prompt
+from twohop.trainer.launching import launch
 
 COMMANDS = ("train", "evaluate", "generate", "prepare", "report")
 
@@ -328,7 +329,7 @@ def test_prepare_writes_token_files(capfd, tmp_path):
 
 
 def test_sweep_goes_on_after_a_failed_job_and_says_so(monkeypatch, capfd, tmp_path):
-    monkeypatch.setattr(train, "WORKER", "tests.trainer.launch_workers:refuse_dense")
+    monkeypatch.setattr(train, "WORKER", "tests.trainer.launching.launch_workers:refuse_dense")
     code, out, err = run("train --multirun model=dense,moe_topk seed=3 hydra.sweep.dir=sweep", capfd)
     assert code == 1
     assert err == "twohop: error: no dense models today\n"

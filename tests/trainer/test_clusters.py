@@ -13,11 +13,12 @@ import yaml
 from kubeflow.training import ApiClient
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
-from twohop.trainer import cli, launch
+from twohop.trainer import cli
 from twohop.trainer.clusters.nodes import Nodes, find_nodes
 from twohop.trainer.clusters.step import Step, adopt_step
 from twohop.trainer.config import ClusterConfig, ClusterKind, Config, KubernetesConfig, SlurmConfig
 from twohop.trainer.errors import ConfigError, UserError
+from twohop.trainer.launching import launch
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -172,13 +173,13 @@ def free_port() -> int:
 def test_two_nodes_start_the_workers_of_one_world(tmp_path):
     program = (
         "import json, sys\n"
-        "from twohop.trainer import launch\n"
+        "from twohop.trainer.launching import launch\n"
         "from twohop.trainer.clusters.nodes import Nodes\n"
         "from twohop.trainer.config import Config, LaunchConfig\n"
         "if __name__ == '__main__':\n"
         "    nodes = Nodes(2, sys.argv[1], patience_s=120)\n"
         "    config = Config(launch=LaunchConfig(nproc=1))\n"
-        "    print(json.dumps(launch.start('tests.trainer.launch_workers:answer', config, None, nodes)))\n"
+        "    print(json.dumps(launch.start('tests.trainer.launching.launch_workers:answer', config, None, nodes)))\n"
     )
     (tmp_path / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict.fromkeys(launch.ALLOCATOR, "0")}
@@ -197,7 +198,7 @@ def test_two_nodes_start_the_workers_of_one_world(tmp_path):
 def test_a_node_that_does_not_come_is_missed_after_init_timeout(tmp_path):
     nodes = Nodes(2, f"127.0.0.1:{free_port()}", patience_s=1)
     with pytest.raises(UserError, match=r"the 2 nodes did not all meet at .* within comm\.init_timeout_s=1"):
-        launch.start("tests.trainer.launch_workers:answer", Config(), None, nodes)
+        launch.start("tests.trainer.launching.launch_workers:answer", Config(), None, nodes)
 
 
 # What is refused.

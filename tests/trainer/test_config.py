@@ -7,7 +7,7 @@ from twohop.models.config import BatchPriority, ModelConfig, MoEConfig, RouterCo
 from twohop.trainer import config as c
 from twohop.trainer.config import CommConfig, Config, DataConfig, EvalConfig, LaunchConfig, TrainConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 
 @pytest.mark.parametrize(

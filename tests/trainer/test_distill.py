@@ -15,7 +15,7 @@ from twohop.trainer.distill import Teacher, divergence_sum
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.loop import train_step
 from twohop.trainer.setup import set_up
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 
 def logits(seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from twohop.comm import CommError
 from twohop.trainer import loop
 from twohop.trainer.errors import UserError
 from twohop.trainer.faults import recording_faults
-from twohop.trainer.progress import Progress
+from twohop.trainer.monitoring.progress import Progress
 from twohop.trainer.world import rank
 
 

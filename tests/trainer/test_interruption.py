@@ -15,11 +15,12 @@ import torch
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_config, write_corpus
-from twohop.trainer import interruption, workers
+from twohop.trainer import interruption
 from twohop.trainer.data import loader
 from twohop.trainer.errors import Interrupted
 from twohop.trainer.interruption import noting_stop_signals
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.launching import workers
+from twohop.trainer.monitoring.metrics import read_metrics
 from twohop.trainer.world import rank
 
 LENGTHS = ["train.steps=8", "eval.every=2", "checkpoint.every=3"]

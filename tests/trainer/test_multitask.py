@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from tests.distributed import run_distributed
 from tests.tiny import write_corpus
 from twohop.models import init_weights
-from twohop.trainer import workers
 from twohop.trainer.config import Config, DataConfig, ExportConfig, MultitaskConfig, TokenizerConfig, TokenizerKind
 from twohop.trainer.data import IGNORED
 from twohop.trainer.data.multitask import TASKS, TaskPairs, build_task_data, encode_source, spread
@@ -22,9 +21,10 @@ from twohop.trainer.errors import CheckpointError, ConfigError, DataError
 from twohop.trainer.evaluate import evaluate
 from twohop.trainer.exporters.task import load_task
 from twohop.trainer.generate import generate_text
+from twohop.trainer.launching import workers
 from twohop.trainer.loop import train_step
 from twohop.trainer.setup import Run, set_up
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 from twohop.trainer.world import join_world
 
 LINE = "The quick brown Fox is by string"

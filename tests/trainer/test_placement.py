@@ -14,7 +14,7 @@ from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train_step
 from twohop.trainer.setup import set_up
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 
 def few_steps(directory: Path, placement: str, top_k: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from twohop.trainer.config import Precision
 from twohop.trainer.config.plan import HardwareConfig, PlanConfig
 from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.optim import materialize_state
+from twohop.trainer.optimizers.optim import materialize_state
 from twohop.trainer.plan.activations import activation_bytes, kept_bytes
 from twohop.trainer.plan.hardware import GIB
 from twohop.trainer.plan.memory import memory_of

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import tiny_overrides
 from tests.trainer import slurm
 from twohop.trainer import cli
-from twohop.trainer.metrics import read_metrics
+from twohop.trainer.monitoring.metrics import read_metrics
 
 REASON = slurm.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"SLURM {REASON}")

@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from twohop.trainer.config import TrackerConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.metrics import MetricsWriter
+from twohop.trainer.monitoring.metrics import MetricsWriter
 from twohop.trainer.trackers import build_trackers
 
 
@@ -147,7 +147,7 @@ def test_wandb_is_imported_only_when_chosen() -> None:
         "import sys; from pathlib import Path; from twohop.trainer.config import TrackerConfig\n"
         "from twohop.trainer.trackers import build_trackers\n"
         "assert build_trackers(TrackerConfig(), Path('.'), 'abc', {}) == []\n"
-        "import twohop.trainer.data, twohop.trainer.metrics\n"
+        "import twohop.trainer.data, twohop.trainer.monitoring.metrics\n"
         "assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -7,7 +7,7 @@ from twohop.trainer.app import run_app
 from twohop.trainer.cli import suggest
 from twohop.trainer.config import BenchConfig
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.launch import start
+from twohop.trainer.launching.launch import start
 
 WORKER = "twohop.trainer.bench:bench_dispatch"
 WITHOUT_TARGET = ("-h", "--help", "--hydra-help", "--version")

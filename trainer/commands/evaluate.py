@@ -2,7 +2,7 @@
 
 from twohop.trainer.stored import run_stored
 
-WORKER = "twohop.trainer.workers:evaluate"
+WORKER = "twohop.trainer.launching.workers:evaluate"
 
 
 def main(args: list[str]) -> int:

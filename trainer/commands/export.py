@@ -3,9 +3,9 @@
 from twohop.trainer.config import ExportConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.stored import run_stored
-from twohop.trainer.validate_names import check_name
+from twohop.trainer.validate.names import check_name
 
-WORKER = "twohop.trainer.workers:export"
+WORKER = "twohop.trainer.launching.workers:export"
 
 
 def main(args: list[str]) -> int:

@@ -4,7 +4,7 @@ import re
 
 from twohop.trainer.stored import run_stored
 
-WORKER = "twohop.trainer.workers:generate"
+WORKER = "twohop.trainer.launching.workers:generate"
 PROMPT = "generate.prompt="
 
 

@@ -25,7 +25,7 @@ def check(config: PlanConfig) -> None:
     from twohop.comm.wire import FORMATS
     from twohop.trainer.plan.hardware import GPUS
     from twohop.trainer.plan.search import layouts, micro_batches
-    from twohop.trainer.validate_names import check_name
+    from twohop.trainer.validate.names import check_name
 
     check_name("cluster.gpu", config.cluster.gpu, GPUS)
     for key, known in (("engines", PLANNED_ENGINES), ("dispatchers", ROUTES), ("wires", FORMATS)):

@@ -14,7 +14,7 @@ def main(args: list[str]) -> int:
 def write_tokens(config: PrepareConfig, sweep_dir: Path | None) -> None:
     """Write the token files and say how to train from them."""
     from twohop.trainer.data import prepare  # needs torch, which `--help` does not
-    from twohop.trainer.validate_data import check_data
+    from twohop.trainer.validate.data import check_data
 
     check_data(config.data)
     folder = prepare(config.data, None if config.out is None else Path(config.out).expanduser())

@@ -9,7 +9,7 @@ def main(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         print("usage: twohop report run=DIR\n\nwrites DIR/report.html: loss, time by phase, expert load, bytes of hops")
         return 0
-    from twohop.trainer.report import write_report  # needs matplotlib, which `--help` does not
+    from twohop.trainer.reports.report import write_report  # needs matplotlib, which `--help` does not
 
     run_dir, rest = take_run("report", args)
     if rest:

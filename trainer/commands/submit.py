@@ -31,7 +31,7 @@ def main(args: list[str]) -> int:
 
 def submit(args: list[str], config: SubmitConfig, sweep_dir: Path | None) -> None:
     """Write the job that runs `twohop train` with `args`, and hand it in unless `dry_run`."""
-    from twohop.trainer.validate import validate  # needs torch, which `--help` does not
+    from twohop.trainer.validate.groups import validate  # needs torch, which `--help` does not
 
     cluster = config.cluster
     if cluster.name not in SYSTEMS:

@@ -8,11 +8,11 @@ from twohop.trainer.app import run_app
 from twohop.trainer.clusters.nodes import Nodes, find_nodes
 from twohop.trainer.config import ClusterKind, Config
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.launch import joins_outer_launcher, preloading, start, world_size
+from twohop.trainer.launching.launch import joins_outer_launcher, preloading, start, world_size
 from twohop.trainer.run_folder import has_checkpoint, open_run
 from twohop.trainer.sweep import is_started_again
 
-WORKER = "twohop.trainer.workers:train"
+WORKER = "twohop.trainer.launching.workers:train"
 
 
 def main(args: list[str]) -> int:
@@ -41,7 +41,7 @@ def train(config: Config, sweep_dir: Path | None) -> float | None:
 
 def _train(config: Config, sweep_dir: Path | None, nodes: Nodes) -> float | None:
     from twohop.trainer.initial import check_init
-    from twohop.trainer.validate import validate
+    from twohop.trainer.validate.groups import validate
 
     validate(config, world_size(config.launch, nodes))
     if config.resume is None:

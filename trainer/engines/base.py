@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from twohop.models import MoEModel, expert_parameters
+from twohop.trainer.checkpoints.state import model_tensors, optimizer_tensors
 from twohop.trainer.config import Config, Precision
 from twohop.trainer.engines.masters import MasterWeights
-from twohop.trainer.optim import build_optimizer, set_learning_rate
-from twohop.trainer.state import model_tensors, optimizer_tensors
+from twohop.trainer.optimizers.optim import build_optimizer, set_learning_rate
 from twohop.trainer.world import sum_over_world, world_size
 
 

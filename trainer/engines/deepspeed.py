@@ -30,11 +30,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from twohop.comm import Topology
 from twohop.models import MoEModel
 from twohop.models.moe import MoELayer
+from twohop.trainer.checkpoints.state import global_tensor
 from twohop.trainer.config import Config
 from twohop.trainer.engines.base import TorchEngine
 from twohop.trainer.engines.deepspeed_config import deepspeed_config
-from twohop.trainer.optim import materialize_state, set_learning_rate
-from twohop.trainer.state import global_tensor
+from twohop.trainer.optimizers.optim import materialize_state, set_learning_rate
 from twohop.trainer.world import exchanging, open_world_of_one, world_size
 
 

@@ -12,7 +12,7 @@ import torch
 from twohop.models.interop import InteropError, fit_family
 from twohop.models.interop.files import CONFIG_FILE, write_index, write_tensors
 from twohop.models.interop.transfer import Written, own_weights
-from twohop.trainer.checkpoint import together
+from twohop.trainer.checkpoints.checkpoint import together
 from twohop.trainer.config import ExportConfig, TensorType
 from twohop.trainer.data import Tokenizer
 from twohop.trainer.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, LibraryTokenizer

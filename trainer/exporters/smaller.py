@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from twohop.models.compress import check_gate, compress, gate_weights
 from twohop.models.config import ModelConfig
 from twohop.models.quantize import quantize_experts
-from twohop.trainer.checkpoint import CheckpointStore, together
+from twohop.trainer.checkpoints.checkpoint import CheckpointStore, together
+from twohop.trainer.checkpoints.state import model_tensors
 from twohop.trainer.config import Config, ExportConfig
 from twohop.trainer.errors import CheckpointError, ConfigError
 from twohop.trainer.evaluate import validation_batches
 from twohop.trainer.run_folder import CHECKPOINTS, write_config
 from twohop.trainer.setup import Run
-from twohop.trainer.state import model_tensors
 from twohop.trainer.world import say, sum_over_world
 
 

@@ -19,7 +19,7 @@ from twohop.models.extract import extract_task
 from twohop.models.interop.family import InteropError
 from twohop.models.interop.files import CONFIG_FILE, SINGLE_FILE, TensorFolder, write_tensors
 from twohop.trainer.app import to_config
-from twohop.trainer.checkpoint import together
+from twohop.trainer.checkpoints.checkpoint import together
 from twohop.trainer.config import ExportConfig
 from twohop.trainer.data import Tokenizer, load_tokenizer
 from twohop.trainer.errors import CheckpointError, ConfigError

@@ -13,7 +13,7 @@ from twohop.comm import Topology, build_dispatcher, dispatcher, tree
 from twohop.models.config import ModelConfig, MoEConfig, RouterConfig
 from twohop.models.experts import ExpertPass, Experts
 from twohop.models.moe import MoELayer
-from twohop.trainer import fp8
+from twohop.trainer.transforms import fp8
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts" / "bench"))
 

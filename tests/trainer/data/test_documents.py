@@ -15,7 +15,7 @@ from tests.tiny import tiny_config
 from twohop.trainer.data import IGNORED
 from twohop.trainer.data.documents import DocumentWindows
 from twohop.trainer.errors import ConfigError
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 END = 9
 

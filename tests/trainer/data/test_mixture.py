@@ -20,7 +20,7 @@ from twohop.trainer.data.order import DRAWS, ENDLESS, Mixture, shares
 from twohop.trainer.errors import ConfigError, DataError
 from twohop.trainer.evaluate import evaluate
 from twohop.trainer.loop import train_step
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 
 def drawn(mixture: Mixture, seed: int, first: int, count: int) -> list[int]:

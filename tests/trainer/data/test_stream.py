@@ -17,7 +17,7 @@ from twohop.trainer.config import DataConfig, DataOrder, HFConfig, TokenizerConf
 from twohop.trainer.data import Loader, TokenWindows, build_data, prepare
 from twohop.trainer.data.stream import Lane, StreamWindows, _is_kept
 from twohop.trainer.errors import ConfigError, DataError
-from twohop.trainer.validate import validate
+from twohop.trainer.validate.groups import validate
 
 TEXTS = [f"document {i} " + POEM * (i % 7) for i in range(240)]
 SEQ = 16

@@ -1,0 +1,1 @@
+"""What is saved, when, and how any layout reads what any other has written."""

@@ -1,0 +1,1 @@
+"""What a run measures of itself: records, sums over ranks, time, memory, profiles, progress."""

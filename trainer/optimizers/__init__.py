@@ -1,0 +1,1 @@
+"""AdamW and Muon, their parameter groups and the schedule of the learning rate."""

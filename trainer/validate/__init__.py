@@ -1,0 +1,1 @@
+"""Checks between config groups, made before any worker starts."""
