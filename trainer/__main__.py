@@ -2,9 +2,9 @@
 
 import sys
 
-from twohop.trainer.cli import run
+from twohop.trainer.cli import main
 
 if __name__ == "__main__":
     args = sys.argv[1:]
     named = bool(args) and not args[0].startswith("-") and "=" not in args[0]
-    sys.exit(run(args if named else ["train", *args]))
+    main(args if named else ["train", *args])

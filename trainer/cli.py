@@ -7,6 +7,7 @@ Knows the commands' names only, so that `twohop --help` imports neither torch no
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -80,6 +81,27 @@ def suggest(word: str, known: "list[str] | dict[str, str]") -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def main() -> None:
-    """Console script `twohop`."""
-    sys.exit(run(sys.argv[1:]))
+def main(args: list[str] | None = None) -> None:
+    """Console script `twohop`; `args` instead of the command line's.
+
+    Ends silently, with code 1, if nobody reads on, as in `twohop train --help | head -1`: see the note on SIGPIPE in
+    the documentation of Python's `signal`.
+    """
+    try:
+        try:
+            code = run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()  # here and not when the interpreter ends, where the error could not be caught
+    except BrokenPipeError:
+        if not _is_cut_off(sys.stdout.fileno()):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        code = 1
+    sys.exit(code)
+
+
+def _is_cut_off(file: int) -> bool:
+    """Whether nobody will read what is written to `file`."""
+    poll = select.poll()
+    poll.register(file, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

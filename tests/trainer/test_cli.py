@@ -53,6 +53,26 @@ def printed_without(modules: set[str], code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_ends_the_command_in_silence(args):
+    """The first one meets the closed pipe when its buffer is flushed, the second may while it prints."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    program = f"from twohop.trainer import cli\ncli.main({args!r})"
+    done = subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_broken_pipe_to_somebody_else_is_an_error(monkeypatch):
+    def lose_a_worker(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "run", lose_a_worker)
+    with pytest.raises(BrokenPipeError):
+        cli.main()
+
+
 def test_help_needs_neither_torch_nor_hydra():
     code = "import twohop.trainer.cli as cli\nassert cli.run(['--help']) == 0"
     printed = printed_without({"torch", "hydra", "omegaconf", "numpy", "rich"}, code)
