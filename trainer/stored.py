@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from twohop.trainer.app import run_app
 from twohop.trainer.clusters.nodes import find_nodes
@@ -35,6 +36,10 @@ def run_stored(
     helping = any(arg in WITHOUT_RUN for arg in args)
     run_dir, overrides = (Path(), args) if helping else take_run(command, args)
     stored = {} if helping else read_config(run_dir)
+    engine = stored.get("engine")
+    if isinstance(engine, DictConfig) and any(arg.startswith(("engine=", "engine.name=")) for arg in overrides):
+        # All but the precision are options of the engine by which it was trained.
+        stored["engine"] = OmegaConf.masked_copy(engine, "precision")
     ConfigStore.instance().store(name="stored_run", node=stored, provider="twohop")
 
     def task(config: Config, sweep_dir: Path | None) -> float | None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from twohop.trainer import cli
 from twohop.trainer.commands import generate, train
 from twohop.trainer.commands.generate import _quote_prompt
+from twohop.trainer.config import Precision
 from twohop.trainer.launching import launch
 
 COMMANDS = ("train", "evaluate", "generate", "prepare", "report")
@@ -289,6 +290,19 @@ def test_stored_run_is_read_again_with_overrides_on_top(started, capfd):
     assert run("generate run=mine 'generate.prompt= if (a, b): '", capfd)[0] == 0
     assert started[-1][0].generate.prompt == " if (a, b): "
     assert started[-1][0].model.dim == 64
+
+
+@pytest.mark.parametrize("other", ["engine=ddp", "engine.name=ddp", "engine=fsdp", "engine=deepspeed"])
+def test_stored_run_is_read_by_another_engine_without_the_options_of_its_own(other, started, capfd):
+    run("train engine=deepspeed engine.zero_stage=2 engine.precision=bf16 run.dir=mine", capfd)
+    assert run("evaluate run=mine", capfd)[0] == 0
+    assert started[-1][0].engine.zero_stage == 2
+    for command in ("evaluate", "generate"):
+        assert run(f"{command} run=mine {other}", capfd) == (0, "", "")
+        engine = started[-1][0].engine
+        assert engine.name == other.partition("=")[2]
+        assert engine.precision is Precision.bf16
+        assert engine.zero_stage == (1 if engine.name == "deepspeed" else None)
 
 
 def test_damaged_stored_configuration_is_one_clear_error(started, capfd, tmp_path):
