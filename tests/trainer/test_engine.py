@@ -15,6 +15,7 @@ from tests.distributed import run_distributed
 from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.comm import Topology, build_dispatcher
 from twohop.models import Transformer, build_model, expert_parameters, init_weights
+from twohop.trainer.config import Precision
 from twohop.trainer.engines import ENGINES as REGISTERED
 from twohop.trainer.engines import build_engine
 from twohop.trainer.engines import ddp as ddp_module
@@ -55,10 +56,13 @@ def prepare(model: Transformer, routing: str, dtype: torch.dtype = torch.float64
             torch.nn.init.zeros_(layer.router.gate.weight)
 
 
-def reference(directory: Path, clip_norm: str, routing: str) -> tuple[list[float], dict[str, Tensor]]:
-    config = tiny_config(directory, *overrides(clip_norm))
+def reference(
+    directory: Path, clip_norm: str, routing: str, *more: str, bf16: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Gradient norms and last weights of one process: in fp64, or by autocast over fp32."""
+    config = tiny_config(directory, *overrides(clip_norm), *more)
     model = build_model(config.model)
-    prepare(model, routing)
+    prepare(model, routing, torch.float32 if bf16 else torch.float64)
     experts = expert_parameters(model)
     groups = [
         {
@@ -74,7 +78,9 @@ def reference(directory: Path, clip_norm: str, routing: str) -> tuple[list[float
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for index in range(MICRO_BATCHES):
-            loss_of(model, batch(step, index)).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_of(model, batch(step, index))
+            loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), float(clip_norm))))
         optimizer.step()
     return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -90,18 +96,21 @@ def overrides(clip_norm: str) -> list[str]:
     ]
 
 
-def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str) -> tuple:
-    config = tiny_config(directory, *ENGINES[engine_name], *overrides(clip_norm))
+def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str, *more: str) -> tuple:
+    config = tiny_config(directory, *ENGINES[engine_name], *overrides(clip_norm), *more)
     topology = Topology.discover()
     topologies = [topology.with_ep(ep_size) for ep_size in ep_sizes]
     model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", topologies[i], experts))
-    prepare(model, routing, torch.float32 if engine_name in OF_ZERO else torch.float64)
+    is_fp32 = engine_name in OF_ZERO or config.engine.precision is Precision.bf16
+    prepare(model, routing, torch.float32 if is_fp32 else torch.float64)
     with patch.object(ddp_module, "BUCKET_BYTES", 4096):  # several buckets for each group
         engine = build_engine(model, config)
     norms = []
     for step in range(STEPS):
         for index in range(rank(), MICRO_BATCHES, world_size()):
-            engine.backward(loss_of(engine.model, batch(step, index)), index + world_size() >= MICRO_BATCHES)
+            with engine.autocast():
+                loss = loss_of(engine.model, batch(step, index))
+            engine.backward(loss, index + world_size() >= MICRO_BATCHES)
         norms.append(engine.step(1.0))
     experts = expert_parameters(model)
     firsts = {name: layer.dispatcher.first_expert for name, layer in experts.items()}
@@ -169,3 +178,25 @@ def test_bf16_is_autocast_over_fp32_parameters(tmp_path: Path, engine: str) -> N
     # bf16 keeps 8 bits: a relative error of 2^-9 for each rounding, some dozens of them in a row
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero-1", "zero-2"])
+def test_bf16_stays_near_full_precision_over_steps(tmp_path: Path, engine: str) -> None:
+    """And a small learning rate moves the weights as it should: they, and sums of their gradients, are fp32."""
+    more = ("optim.lr=2e-4", "engine.precision=bf16")
+    write_corpus(tmp_path)
+    start = build_model(tiny_config(tmp_path, *overrides("0.05")).model)
+    prepare(start, "learned")
+    exact_norms, exact = reference(tmp_path, "0.05", "learned", *more)
+    rounded_norms, _ = reference(tmp_path, "0.05", "learned", *more, bf16=True)
+    # Some 50 roundings in a row, each by 2^-9 at most, either way: 2^-9 · √50 < 2^-6. An update divides one average of
+    # gradients by the root of another, which is off by as much, and a parameter may have twice the mean error.
+    for norms, weights in run_distributed(train, 2, tmp_path, engine, [1, 1], "0.05", "learned", *more):
+        assert norms == pytest.approx(exact_norms, rel=2**-6)
+        assert norms != pytest.approx(exact_norms, rel=1e-5)
+        if engine != "fsdp":  # it rounds a micro-batch's gradients to bf16, in which the weights are gathered
+            assert norms[0] == pytest.approx(rounded_norms[0], rel=1e-5)
+        for name, (_, ours) in weights.items():
+            way = exact[name] - start.get_parameter(name)
+            off = torch.linalg.vector_norm(ours.double() - exact[name])
+            assert off <= 2**-4 * torch.linalg.vector_norm(way), name
