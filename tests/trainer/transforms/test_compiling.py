@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 
 from tests.distributed import run_distributed
-from tests.tiny import tiny_config
+from tests.tiny import ENGINES, tiny_config
 from tests.trainer.test_engine import batch, loss_of
 from twohop.comm import Topology, build_dispatcher
 from twohop.models import MoEModel, build_model, init_weights
@@ -61,7 +61,7 @@ def trained(directory: Path, engine: str, recompute: str) -> list[float]:
     results: list[float] = []
     topology = Topology.discover()
     for prepare in (lambda model: None, compiled):
-        config = tiny_config(directory, f"engine.name={engine}", f"train.recompute={recompute}", "model.vocab_size=32")
+        config = tiny_config(directory, *ENGINES[engine], f"train.recompute={recompute}", "model.vocab_size=32")
         model = build_model(config.model, lambda i, n: build_dispatcher("dedup", topology.with_ep([1, 2][i]), n))
         init_weights(model, 0)
         prepare(model)
@@ -76,9 +76,10 @@ def trained(directory: Path, engine: str, recompute: str) -> list[float]:
     return results
 
 
-def test_engines_and_recomputation_go_around_the_regions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "recompute"), [("fsdp", "full"), ("zero-1", "networks"), ("zero-2", "none")])
+def test_engines_and_recomputation_go_around_the_regions(tmp_path: Path, engine: str, recompute: str) -> None:
     tiny_config(tmp_path)
-    for results in run_distributed(trained, 2, tmp_path, "fsdp", "full", timeout=120):
+    for results in run_distributed(trained, 2, tmp_path, engine, recompute, timeout=120):
         assert results[4:] == pytest.approx(results[:4], rel=1e-5)
 
 

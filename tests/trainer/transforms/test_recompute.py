@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
 from tests.models.test_encoder_decoder import inputs, is_target, make_config, side
-from tests.tiny import tiny_config
+from tests.tiny import ENGINES, tiny_config
 from tests.trainer.test_engine import batch, whole
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.models import MoEModel, build_model, init_weights
@@ -38,7 +38,7 @@ def loss_of(model: MoEModel, ids_BT1: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def steps_on_this_rank(directory: Path, engine: str, ep_sizes: list[int], mode: str, *overrides: str) -> dict[str, Any]:
     """A step of two micro-batches on each rank: everything that the world can tell of it."""
-    config = tiny_config(directory, f"engine.name={engine}", f"train.recompute={mode}", *OVERRIDES, *overrides)
+    config = tiny_config(directory, *ENGINES[engine], f"train.recompute={mode}", *OVERRIDES, *overrides)
     topology, meter = Topology.discover(), TrafficMeter()
     model = build_model(
         config.model,
@@ -68,7 +68,12 @@ def all_modes_on_this_rank(directory: Path, engine: str, ep_sizes: list[int], *o
 
 @pytest.mark.parametrize(
     ("engine", "nproc", "ep_sizes", "precision"),
-    [("ddp", 1, [1, 1], "fp32"), ("ddp", 2, [2, 2], "bf16"), ("fsdp", 2, [1, 2], "fp32")],
+    [
+        ("ddp", 1, [1, 1], "fp32"),
+        ("ddp", 2, [2, 2], "bf16"),
+        ("fsdp", 2, [1, 2], "fp32"),
+        ("zero-2", 2, [1, 2], "bf16"),
+    ],
 )
 def test_nothing_changes_but_the_messages(
     tmp_path: Path, engine: str, nproc: int, ep_sizes: list[int], precision: str
