@@ -13,6 +13,7 @@ import yaml
 from kubeflow.training import ApiClient
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
+from tests.trainer.launching.test_launch import IMPORTED
 from twohop.trainer import cli
 from twohop.trainer.clusters.nodes import Nodes, find_nodes
 from twohop.trainer.clusters.step import Step, adopt_step
@@ -182,7 +183,7 @@ def test_two_nodes_start_the_workers_of_one_world(tmp_path):
         "    print(json.dumps(launch.start('tests.trainer.launching.launch_workers:answer', config, None, nodes)))\n"
     )
     (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **dict.fromkeys(launch.ALLOCATOR, "0")}
+    environment = {**os.environ, "PYTHONPATH": IMPORTED, **dict.fromkeys(launch.ALLOCATOR, "0")}
     words = [sys.executable, "program.py", f"127.0.0.1:{free_port()}"]
     nodes = [subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
     try:

@@ -17,6 +17,8 @@ from twohop.trainer.launching import launch
 
 WORKERS = "tests.trainer.launching.launch_workers"
 ROOT = Path(__file__).parents[3]
+# What other processes import: these tests, and the package that is imported here.
+IMPORTED = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def start(name: str, run_dir: Path, nproc: int = 2) -> dict:
@@ -97,7 +99,7 @@ def test_stopping_ends_every_process_quietly(stop, code, early, tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "program.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": IMPORTED},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -15,7 +15,7 @@ from tests.distributed import run_distributed
 from tests.end_to_end import runs
 from tests.tiny import tiny_overrides, write_corpus
 from tests.trainer.launching import paced
-from tests.trainer.launching.test_launch import ROOT, wait_until
+from tests.trainer.launching.test_launch import IMPORTED, wait_until
 from twohop.trainer.monitoring.metrics import read_metrics
 
 STEPS = 80
@@ -44,7 +44,7 @@ class Job:
         own = [*LENGTHS, f"checkpoint.every={EVERY}", "resume=auto", f"comm.init_timeout_s={PATIENCE_S}"]
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": IMPORTED,
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see docs/training.md
         }
