@@ -29,7 +29,7 @@ LAYOUTS = [
     (2, [2, 2], "inf", "learned"),
     (4, [1, 1], "0.05", "learned"),
     (4, [2, 4], "0.05", "learned"),
-    (4, [4, 1], "inf", "learned"),
+    (4, [4, 1], "1000", "learned"),  # larger than the norm: nothing is clipped
     (4, [4, 2], "0.05", ALL_TO_EXPERT_0),  # most ranks' experts get no token and no gradient
 ]
 # Each stage of ZeRO clips with EP sizes that differ; other layouts are in the end-to-end tests.
@@ -200,3 +200,29 @@ def test_bf16_stays_near_full_precision_over_steps(tmp_path: Path, engine: str) 
             way = exact[name] - start.get_parameter(name)
             off = torch.linalg.vector_norm(ours.double() - exact[name])
             assert off <= 2**-4 * torch.linalg.vector_norm(way), name
+
+
+def fsdp_in_bf16(directory: Path) -> tuple[set[torch.dtype], set[torch.dtype], bool]:
+    """dtypes of a router's and of a dense network's weights in a pass; whether summed gradients are bf16 numbers."""
+    config = tiny_config(directory, *ENGINES["fsdp"], "engine.precision=bf16", *overrides("inf"))
+    topology = Topology.discover().with_ep(1)
+    model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", topology, experts))
+    prepare(model, "learned", torch.float32)
+    engine = build_engine(model, config)
+    seen: tuple[set[torch.dtype], set[torch.dtype]] = set(), set()
+    for _, layer in engine.model.moe_layers():
+        for module, dtypes in zip((layer.router, layer.shared), seen, strict=True):
+            assert module is not None
+            note = lambda module, _, dtypes=dtypes: dtypes.update(p.dtype for p in module.parameters())  # noqa: E731
+            module.register_forward_pre_hook(note)
+    with engine.autocast():
+        loss = loss_of(engine.model, batch(0, rank()))
+    engine.backward(loss, True)
+    sums = [p.grad.to_local() for name, p in engine.model.named_parameters() if ".router." not in name]
+    return *seen, all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in sums)
+
+
+def test_fsdp_gathers_routers_and_adds_up_gradients_in_fp32(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    expected = {torch.float32}, {torch.bfloat16}, False
+    assert run_distributed(fsdp_in_bf16, 2, tmp_path) == [expected] * 2
