@@ -109,12 +109,14 @@ def _accumulate(run: Run, step: int) -> tuple[StepTotals, int]:
             with run.clock.phase("forward"), run.engine.autocast():
                 output = run.model(**batch.inputs)
                 parts = run.objective(batch, output, micro.targets, step / config.train.steps)
+                moe_stats = output.moe
+                del output  # backward does without the logits, which may be the largest tensor that there is
         except NotFiniteError as error:
             raise _diverged(run, step, str(error)) from None
         last = micro is data.micro_batches[-1]
         with run.clock.phase("backward"):
             run.engine.backward(torch.stack(list(parts.values())).sum() / data.targets, last)
-        totals.add(parts, output.moe)
+        totals.add(parts, moe_stats)
     return totals, data.targets
 
 

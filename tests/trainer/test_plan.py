@@ -1,31 +1,35 @@
-"""`twohop plan`: memory against real engines, kept tensors against a real pass, times by hand, and the command."""
+"""`twohop plan`: what engines hold, times by hand, choices, and the command; the peak is in tests/scripts."""
 
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
 from tests.tiny import tiny_config, write_corpus
 from twohop.comm import Topology, build_dispatcher
 from twohop.comm.network import Link, Network
-from twohop.models import ModelConfig, MoEConfig, build_model, init_weights
-from twohop.models.config import Activation, Residual, RouterConfig
+from twohop.models import ModelConfig, MoEConfig, build_model, grouped, init_weights
+from twohop.models.config import Residual, RouterConfig
 from twohop.trainer import cli
-from twohop.trainer.config import Precision
+from twohop.trainer.config import Precision, Recompute
 from twohop.trainer.config.plan import HardwareConfig, PlanConfig
 from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.optimizers.optim import materialize_state
-from twohop.trainer.plan.activations import activation_bytes, kept_bytes
-from twohop.trainer.plan.hardware import GIB
-from twohop.trainer.plan.memory import memory_of
+from twohop.trainer.plan.hardware import GIB, GPUS
+from twohop.trainer.plan.holding import WIDTHS, Holder
+from twohop.trainer.plan.passes import passes
 from twohop.trainer.plan.search import candidates, search
 from twohop.trainer.plan.shape import ModelShape, model_shape
-from twohop.trainer.plan.steptime import Timer, gather_s
+from twohop.trainer.plan.steptime import MUON_ITERATIONS, Timer, gather_s, muon_flops
+from twohop.trainer.transforms.recompute import recompute_activations
 
 SMALL = ModelConfig(
     vocab_size=64, max_seq_len=64, dim=32, num_layers=4, num_heads=2, ffn_dim=48,
@@ -37,9 +41,10 @@ def local_bytes(tensor: torch.Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
-def bytes_of_engine(directory: Path, engine_name: str, ep_sizes: list[int]) -> tuple[int, int, int]:
+def bytes_of_engine(directory: Path, engine_name: str, optimizer: str, ep_sizes: list[int]) -> tuple[int, int, int]:
     """Bytes of parameters, gradients and the optimizer's state on this rank."""
-    config = tiny_config(directory, f"engine.name={engine_name}", "model.vocab_size=30")
+    names = (f"engine.name={engine_name}", f"optim.name={optimizer}")
+    config = tiny_config(directory, *names, "model.vocab_size=30")
     topology = Topology.discover(ranks_per_node=2)
     layouts = [topology.with_ep(ep_size) for ep_size in ep_sizes]
     model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", layouts[i], experts))
@@ -54,48 +59,52 @@ def bytes_of_engine(directory: Path, engine_name: str, ep_sizes: list[int]) -> t
     return sum(map(local_bytes, parameters)), gradients, sum(map(local_bytes, state))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_bytes_of_parameters_gradients_and_moments_are_those_of_the_engine(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "optimizer"), [("ddp", "adamw"), ("ddp", "muon"), ("fsdp", "adamw")])
+def test_bytes_of_parameters_gradients_and_moments_are_those_of_the_engine(
+    tmp_path: Path, engine: str, optimizer: str
+) -> None:
     write_corpus(tmp_path)
     model = tiny_config(tmp_path, "model.vocab_size=30").model
-    shape = model_shape(model, 16, Precision.fp32)
+    shape = model_shape(model, 16)
     for ep_sizes in ([2, 4], [1, 2]):
-        held = run_distributed(bytes_of_engine, 4, tmp_path, engine, ep_sizes)
-        memory = memory_of(shape, engine, ep_sizes, 4, 2, 16, Precision.fp32, False, 0.0)
-        expected = (memory.weights, memory.gradients, memory.moments)
+        held = run_distributed(bytes_of_engine, 4, tmp_path, engine, optimizer, ep_sizes)
+        holder = Holder(shape, engine, tuple(ep_sizes), 4, Precision.fp32, optimizer)
+        expected = (holder.weights, WIDTHS[Precision.fp32][1] * holder.shared, holder.moments)
         assert held[0] == expected, ep_sizes  # rank 0 has the largest share
         assert all(a <= b for rank in held for a, b in zip(rank, held[0], strict=True))
 
 
-def bytes_kept_by_a_pass(config: ModelConfig, micro_batch: int, seq_len: int, bf16: bool) -> int:
-    model = build_model(config)
+AGAIN = (Recompute.networks, Recompute.full)  # attention and experts are computed again
+
+
+def operations_of_a_pass(mode: Recompute) -> float:
+    """Of one sequence, forward and backward, counted by torch while a real model computes."""
+    model = build_model(SMALL)
     init_weights(model, 0)
-    ids_BT = torch.arange(micro_batch * seq_len).view(micro_batch, seq_len) % 64
-    with kept_bytes(model) as total, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model(ids_BT).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids_BT.flatten())
-    return total[0]
+    recompute_activations(model.train(), mode)
+    ids_BT = torch.arange(64).view(1, 64) % SMALL.vocab_size
+    # Matrix by matrix, since torch does not count grouped products; it does not count attention on a CPU either.
+    with patch.object(grouped, "_grouped_mm_is_defined", lambda *_: False), FlopCounterMode(display=False) as counter:
+        model(ids_BT).logits.square().sum().backward()
+    return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_activations_are_those_of_a_real_pass(bf16: bool, swiglu: bool) -> None:
-    """But for router losses and the plan's indices, which are counted apart."""
-    config = SMALL
-    if swiglu:
-        moe = MoEConfig(experts=[8], shared_ffn_dim=16, router=RouterConfig(top_k=2, renormalize=True))
-        config = ModelConfig(**(vars(SMALL) | {"activation": Activation.swiglu, "num_kv_heads": 1, "moe": moe}))
-    # Weights in bf16 do not grow with the micro-batch, and the stand-in has one expert of each layer.
-    real, planned = (
-        measure(config, 8, 64, bf16) - measure(config, 4, 64, bf16)
-        for measure in (bytes_kept_by_a_pass, lambda c, b, t, low: activation_bytes(c, t, b, low))
-    )
-    assert planned == pytest.approx(real, rel=0.05)
+@pytest.mark.parametrize("mode", Recompute)
+def test_operations_are_those_of_a_real_pass(mode: Recompute) -> None:
+    counted = passes(SMALL, 64, Precision.fp32, mode)
+    rows = 64 * 2
+    attention = 2 * 2 * SMALL.num_layers * 64 * 64 * SMALL.dim * (2 if mode in AGAIN else 1)
+    assert counted.operations + sum(counted.expert_operations) - attention == operations_of_a_pass(mode)
+    up_and_down = 2 * 2 * rows * SMALL.dim * SMALL.ffn_dim
+    assert counted.expert_operations == (up_and_down * (3 if mode in AGAIN else 2),) * 2
+    travels = 2 if mode is Recompute.full else 1
+    assert counted.dispatched == (travels, travels)
+    assert counted.combined == (1, 1)
 
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return model_shape(SMALL, 64, Precision.bf16)
+    return model_shape(SMALL, 64)
 
 
 def timer_of(shape: ModelShape, cluster: dict[str, Any], **keys: Any) -> Timer:
@@ -104,7 +113,10 @@ def timer_of(shape: ModelShape, cluster: dict[str, Any], **keys: Any) -> Timer:
 
 def test_shape_counts_all_parameters_once(shape: ModelShape) -> None:
     experts = sum(layer.num_experts * layer.expert_size for layer in shape.layers)
-    assert shape.total == shape.dense_size + experts == sum(shape.block_sizes) + experts
+    assert shape.total == shape.dense_size + experts
+    dense = [parameter for parameter in shape.parameters.values() if parameter.layer < 0]
+    assert {parameter.block for parameter in dense} == {-1, 0, 1, 2, 3}
+    assert {parameter.branch for parameter in dense} == {"", "router", "residual.mlp"}
     assert [layer.num_experts for layer in shape.layers] == [4, 8]
 
 
@@ -129,9 +141,9 @@ def test_all_candidates_divide_evenly_and_the_best_is_the_fastest_that_fits(shap
 
 def test_what_does_not_fit_is_not_chosen(shape: ModelShape) -> None:
     cluster = {"nodes": 2, "gpus_per_node": 2}
-    everything = list(candidates(timer_of(shape, cluster, global_batch=16)))
+    everything = [c for mode in Recompute for c in candidates(timer_of(shape, cluster, global_batch=16), mode)]
     peaks = sorted(c.memory.peak for c in everything)
-    limit = peaks[len(peaks) // 3]
+    limit = peaks[len(peaks) // 20]  # so little that even the slowest mode is looked at
     reserve = timer_of(shape, cluster).gpu.memory_gib - limit / GIB
     found = search(timer_of(shape, cluster | {"reserve_gib": reserve}, global_batch=16))
     fitting = [c for c in everything if c.memory.peak <= limit * (1 + 1e-9)]
@@ -141,6 +153,69 @@ def test_what_does_not_fit_is_not_chosen(shape: ModelShape) -> None:
     assert all(c.memory.peak <= limit * (1 + 1e-9) for c in (found.best, *chosen) if c is not None)
     with pytest.raises(ConfigError, match=r"nothing fits into the 0\.0 GiB of cluster\.gpu=h200: the least is"):
         search(timer_of(shape, cluster | {"reserve_gib": 139.8}, global_batch=16))
+
+
+def test_recomputation_is_chosen_where_memory_is_short_and_only_there(shape: ModelShape) -> None:
+    cluster = {"nodes": 2, "gpus_per_node": 2}
+    given: dict[str, Any] = {"global_batch": 16, "engines": ["ddp"], "micro_batches": [4], "ep_size": 2}
+    timer = timer_of(shape, cluster, **given)
+    ways = [next(candidates(timer, mode)) for mode in Recompute]
+    times, peaks = [way.step_s for way in ways], [way.memory.peak for way in ways]
+    assert times[0] == times[1] < times[2] < times[3]  # selective repeats no product
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+    assert list(search(timer).others["recompute"]) == ["none"]
+    narrow = cluster | {"reserve_gib": timer.gpu.memory_gib - peaks[2] * 1.01 / GIB}
+    found = search(timer_of(shape, narrow, **given))
+    assert found.best.recompute is Recompute.networks
+    assert found.others["recompute"]["none"] is None
+    only_none = timer_of(shape, narrow, recompute=[Recompute.none], **given)
+    with pytest.raises(ConfigError, match="nothing fits"):
+        search(only_none)
+
+
+def test_recomputation_repeats_products_and_full_carries_rows_again(shape: ModelShape) -> None:
+    timer = timer_of(shape, {"nodes": 2, "gpus_per_node": 2}, global_batch=16, dispatchers=["flat"], chunks=[1])
+    none, networks, full = (
+        timer.ways(0, 4, 4, mode)[0] for mode in (Recompute.none, Recompute.networks, Recompute.full)
+    )
+    assert none.forward_s == networks.forward_s == full.forward_s
+    assert networks.experts_s == full.experts_s == pytest.approx(4 / 3 * none.experts_s)
+    dispatch = none.forward_s - none.work.experts_s  # and combine, in one chunk
+    assert networks.backward_s - none.backward_s == pytest.approx(none.work.experts_s)
+    assert full.backward_s - networks.backward_s == pytest.approx(dispatch / 2)
+
+
+def test_muon_multiplies_and_keeps_one_moment(shape: ModelShape) -> None:
+    short, long = 8, 24
+    matrix = torch.zeros(long, short)
+    with FlopCounterMode(display=False) as counter:
+        _zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), MUON_ITERATIONS, 1e-7)
+    assert muon_flops(long, short) == muon_flops(short, long) == counter.get_total_flops()
+    timers = {
+        name: timer_of(shape, {"gpus_per_node": 2}, global_batch=16, optimizer=name) for name in ("adamw", "muon")
+    }
+    found = {name: search(timer) for name, timer in timers.items()}
+    assert set(found["muon"].others["engine"]) == {"ddp", "zero0"}
+    assert found["muon"].refused == dict.fromkeys(("fsdp", "zero1", "zero2"), "optimizer=muon")
+    holders = {name: Holder(shape, "ddp", (1, 1), 2, Precision.fp32, name) for name in timers}
+    matrices = sum(holders["muon"].local(p) for p in shape.parameters.values() if p.is_matrix)
+    counts = sum(p.is_matrix for p in shape.parameters.values())
+    assert holders["adamw"].moments - holders["muon"].moments == 4 * matrices + 4 * counts
+    multiplied = sum(
+        holders["muon"].local(p) / p.size * muon_flops(*p.shape) for p in shape.parameters.values() if p.is_matrix
+    )
+    gpu = timers["muon"].gpu
+    moved = 2 * 4 * matrices / gpu.memory_bytes_s  # a moment less is read and written
+    more_s = timers["muon"].update_s(holders["muon"]) - timers["adamw"].update_s(holders["adamw"])
+    assert more_s == pytest.approx(multiplied / (0.5 * gpu.bf16_flops) - moved)
+
+
+def test_fp8_experts_take_half_the_time(shape: ModelShape) -> None:
+    bf16, fp8 = (
+        search(timer_of(shape, {"gpus_per_node": 1}, global_batch=16, fp8_experts=fp8)).best for fp8 in (False, True)
+    )
+    assert fp8.experts_s == pytest.approx(bf16.experts_s * GPUS["h200"].bf16_flops / 1979e12)
+    assert fp8.dense_s == bf16.dense_s
 
 
 def test_a_better_cluster_is_never_slower(shape: ModelShape) -> None:
@@ -166,6 +241,8 @@ def test_a_better_cluster_is_never_slower(shape: ModelShape) -> None:
         (lambda: PlanConfig(seq_len=10**6), r"seq_len=1000000: use 1 to model\.max_seq_len=256"),
         (lambda: PlanConfig(model=SMALL, ep_size=[1, 2, 4]), r"ep_size=\[1, 2, 4\] lists 3 layers"),
         (lambda: PlanConfig(global_batch=0), r"global_batch=0"),
+        (lambda: PlanConfig(recompute=[]), r"recompute=\[\]"),
+        (lambda: PlanConfig(fp8_experts=True, precision=Precision.fp32), r"fp8_experts=true has bf16 results"),
     ],
 )
 def test_impossible_values_are_refused(make: Any, message: str) -> None:
@@ -195,6 +272,9 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.Captu
         (["engines=[zero3]"], "engines=zero3: unknown"),
         (["dispatchers=[dedupe]"], "dispatchers=dedupe: unknown, did you mean 'dedup'?"),
         (["wires=[fp4]"], "wires=fp4: unknown"),
+        (["optimizer=moun"], "optimizer=moun: unknown, did you mean 'muon'?"),
+        (["fp8_experts=true", "cluster.gpu=a100"], "fp8_experts=true: cluster.gpu=a100 has no fp8 products"),
+        (["optimizer=muon", "engines=[fsdp,zero1]"], "optimizer=muon goes with none of engines=['fsdp', 'zero1']"),
         (["global_batch=6"], "global_batch=6 is no multiple of 4 ranks"),
         (["ep_size=3"], "ep_size=3 does not divide both the 4 ranks and the 4 experts"),
         (["cost_file=nowhere.json"], "cost_file: cost file nowhere.json cannot be read"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from twohop.trainer.app import run_app
 from twohop.trainer.config.plan import PLANNED_ENGINES, PlanConfig
+from twohop.trainer.errors import ConfigError
 
 
 def main(args: list[str]) -> int:
@@ -24,12 +25,19 @@ def check(config: PlanConfig) -> None:
     from twohop.comm.routes import ROUTES
     from twohop.comm.wire import FORMATS
     from twohop.trainer.plan.hardware import GPUS
-    from twohop.trainer.plan.search import layouts, micro_batches
+    from twohop.trainer.plan.search import engines_refused, layouts, micro_batches
+    from twohop.trainer.plan.steptime import UPDATE_BYTES
     from twohop.trainer.validate.names import check_name
 
     check_name("cluster.gpu", config.cluster.gpu, GPUS)
+    check_name("optimizer", config.optimizer, UPDATE_BYTES)
+    if config.fp8_experts and GPUS[config.cluster.gpu].fp8_flops is None:
+        raise ConfigError(f"fp8_experts=true: cluster.gpu={config.cluster.gpu} has no fp8 products: leave it out")
     for key, known in (("engines", PLANNED_ENGINES), ("dispatchers", ROUTES), ("wires", FORMATS)):
         for name in getattr(config, key):
             check_name(key, name, known)
+    refused = engines_refused(config)
+    if len(refused) == len(config.engines):
+        raise ConfigError(f"{refused[config.engines[0]]} goes with none of engines={config.engines}: add ddp")
     micro_batches(config)
     layouts(config)

@@ -5,7 +5,7 @@ from typing import Any
 
 from twohop.models.config import ModelConfig, ModelKind
 from twohop.trainer.config.checks import listed, require, require_at_least
-from twohop.trainer.config.training import Precision
+from twohop.trainer.config.training import Precision, Recompute
 
 PLANNED_ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2")  # zeroN: deepspeed with engine.zero_stage=N
 
@@ -51,8 +51,11 @@ class PlanConfig:
     seq_len: int | None = None  # null: model.max_seq_len
     global_batch: int = 512  # sequences a step
     precision: Precision = Precision.bf16
+    fp8_experts: bool = False  # as engine.fp8_experts
+    optimizer: str = "adamw"  # or muon
     vocab_size: int = 50257  # of a model that takes it from its data
     engines: list[str] = field(default_factory=lambda: list(PLANNED_ENGINES))
+    recompute: list[Recompute] = field(default_factory=lambda: list(Recompute))  # as train.recompute
     micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     ep_size: Any = None  # of each MoE layer, or one for all; null: any that divides its experts and the world
     dispatchers: list[str] = field(default_factory=lambda: ["flat", "hierarchical", "dedup"])
@@ -71,11 +74,15 @@ class PlanConfig:
             self.seq_len is None or 1 <= self.seq_len <= self.model.max_seq_len,
             f"seq_len={self.seq_len}: use 1 to model.max_seq_len={self.model.max_seq_len}, or null for the latter",
         )
-        for key in ("engines", "micro_batches", "dispatchers", "chunks", "wires"):
+        for key in ("engines", "recompute", "micro_batches", "dispatchers", "chunks", "wires"):
             require(bool(getattr(self, key)), f"{key}=[]: name at least one value")
         for key in ("micro_batches", "chunks"):
             for value in getattr(self, key):
                 require(value >= 1, f"{key} contains {value}: use positive numbers")
+        require(
+            not self.fp8_experts or self.precision is not Precision.fp32,
+            "fp8_experts=true has bf16 results, but precision=fp32: use precision=bf16, or leave it out",
+        )
         wanted = "null, a whole number of ranks, or a list with one for each MoE layer"
         self.ep_size = listed(self.ep_size, int, "ep_size", wanted)
         layers = len(self.model.experts_by_layer)

@@ -15,6 +15,8 @@ from twohop.trainer.engines.masters import MasterWeights
 from twohop.trainer.optimizers.optim import build_optimizer, set_learning_rate
 from twohop.trainer.world import sum_over_world, world_size
 
+NORM_NUMBERS = 4 << 20  # of a gradient that are looked at together: a copy of 32 MiB
+
 
 class TorchEngine:
     """See `Engine`. A subclass says how gradients are summed and how many ranks hold a copy of a parameter's share."""
@@ -98,7 +100,7 @@ class TorchEngine:
         device = next(self.model.parameters()).device
         everywhere, shares = torch.zeros(2, dtype=torch.float64, device=device)
         for gradient, copies in self.gradients():
-            square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            square = _square(gradient)
             if copies == world_size():
                 everywhere = everywhere + square
             else:
@@ -111,6 +113,12 @@ class TorchEngine:
         if self.clip_norm is not None:
             factor = min(1.0, self.clip_norm / (norm + 1e-6))
             torch._foreach_mul_([gradient for gradient, _ in self.gradients()], factor)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """The sum of squares in fp64, of one piece after the other: torch makes an fp64 copy."""
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in gradient.reshape(-1).split(NORM_NUMBERS)]
+    return torch.stack(norms).square().sum()
 
 
 def _local(tensor: Tensor) -> Tensor:

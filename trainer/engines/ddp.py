@@ -26,18 +26,19 @@ class DdpEngine(TorchEngine):
         return self.expert_layers[name].dispatcher.topology.edp_size if name in self.expert_layers else world_size()
 
     def reduce_gradients(self) -> None:
-        """Sum every bucket over its group, once a step; the gradients become views into the buckets."""
+        """Sum every bucket over its group, once a step; the gradients become views into the buckets.
+
+        At once, so that no more than one bucket is there twice.
+        """
         pending = []
         with exchanging("gradients"):
             for group, parameters in self.buckets:
                 flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-                pending.append((dist.all_reduce(flat, group=group, async_op=True), flat, parameters))
-            for work, _, _ in pending:
+                pending.append(dist.all_reduce(flat, group=group, async_op=True))
+                for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                    parameter.grad = piece.view_as(parameter)
+            for work in pending:
                 work.wait()
-        for _, flat, parameters in pending:
-            pieces = flat.split([p.numel() for p in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
 
     def _make_buckets(self) -> list[tuple[Any, list[nn.Parameter]]]:
         """(process group, parameters whose gradients travel together), in one order on all ranks."""

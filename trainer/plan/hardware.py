@@ -19,14 +19,15 @@ class Gpu:
     memory_gib: float
     memory_bytes_s: float
     link_bytes_s: float  # to the other GPUs of its node, each way
+    fp8_flops: float | None = None  # None: it has none
 
 
 GPUS = {
     "v100": Gpu(125e12, 15.7e12, 31.7, 0.9e12, 150e9),  # its 16-bit arithmetic is fp16
     "a100": Gpu(312e12, 19.5e12, 79.2, 2.04e12, 300e9),
-    "h100": Gpu(989e12, 67e12, 79.2, 3.35e12, 450e9),
-    "h200": Gpu(989e12, 67e12, 139.8, 4.8e12, 450e9),
-    "b200": Gpu(2250e12, 75e12, 178.4, 8.0e12, 900e9),
+    "h100": Gpu(989e12, 67e12, 79.2, 3.35e12, 450e9, 1979e12),
+    "h200": Gpu(989e12, 67e12, 139.8, 4.8e12, 450e9, 1979e12),
+    "b200": Gpu(2250e12, 75e12, 178.4, 8.0e12, 900e9, 4500e12),
 }
 
 

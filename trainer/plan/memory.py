@@ -1,110 +1,186 @@
-"""Bytes that a rank holds, by part, for each engine.
+"""Bytes that a rank holds when it holds most, by part: what the passes make, beside what its engine makes of gradients.
 
-Parameters, gradients and moments are exact: AdamW keeps two moments for each number and a step count for each
-parameter. A rank with an uneven share is taken to be the one with the largest.
+Shapes: P moments of the passes, L MoE layers.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from twohop.trainer.config import Precision
-from twohop.trainer.plan.shape import ModelShape, Shape
+from twohop.trainer.plan.holding import NUMBER, WIDTHS, Holder
+from twohop.trainer.plan.passes import Array, Passes
 
-NUMBER, STEP_COUNT = 4, 4  # bytes of fp32
 BUCKET = 32 << 20  # of the engines' messages
-# Bytes of a parameter, of its gradient, and of a master copy that the optimizer updates in its place.
-WIDTHS = {Precision.fp32: (4, 4, 0), Precision.bf16: (4, 4, 0), Precision.bf16_params: (2, 2, 4)}
+NORM_NUMBERS = 4 << 20  # of a gradient that engines look at together
+FLAT_NUMBERS = 500_000_000  # that DeepSpeed without ZeRO sends at once
+PLAN_BYTES = 80  # of an assignment: about ten indices, kept for the backward pass
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank."""
+    """Bytes of a rank at its peak."""
 
     weights: float
     gradients: float
     moments: float  # and master copies
-    activations: float
-    dispatch: float  # rows on their way, and the plans of all layers
-    buffers: float  # weights that are gathered, or gradients that are sent
+    activations: float  # all that the passes make, rows on their way included
+    plans: float  # of the dispatches of all layers
+    buffers: float  # weights that are gathered, gradients that are sent
 
     @property
     def peak(self) -> float:
-        """In the backward pass, or afterwards, when gradients are sent and activations are gone."""
-        return self.weights + self.gradients + self.moments + max(self.activations + self.dispatch, self.buffers)
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.activations + self.plans + self.buffers
 
 
-def memory_of(
-    shape: ModelShape,
-    engine: str,
-    ep_sizes: Sequence[int],
-    world: int,
-    micro_batch: int,
-    seq_len: int,
-    precision: Precision,
-    accumulates: bool,
-    crossings: float,
-) -> Memory:
+def precision_of_passes(engine: str, precision: Precision) -> Precision:
+    """In which the model runs: what autocast would convert comes from FSDP in bf16."""
+    return Precision.bf16_params if engine == "fsdp" and precision is Precision.bf16 else precision
+
+
+def memory_of(holder: Holder, passes: Passes, micro_batch: int, seq_len: int, accumulates: bool) -> Memory:
     """Memory of a rank.
 
     Args:
-        shape: of the model.
-        engine: ddp, fsdp, zero0, zero1 or zero2.
-        ep_sizes: of each MoE layer.
-        world: ranks.
+        holder: the rank.
+        passes: of the model, in `precision_of_passes`.
         micro_batch: sequences.
         seq_len: tokens of a sequence.
-        precision: of the engine.
         accumulates: a step has more than one micro-batch.
-        crossings: bytes of rows that a rank sends and receives in the largest layer's dispatch.
     """
-    weight, gradient, master = WIDTHS[precision]
-    held = parameters_held(shape, "ddp", ep_sizes, world)
-    shared = parameters_held(shape, engine, ep_sizes, world)
-    weights = shared if engine == "fsdp" else held
-    # FSDP keeps whole gradients until the last micro-batch; ZeRO-2 shares them out at once.
-    gradients = shared if engine == "zero2" or (engine == "fsdp" and not accumulates) else held
-    copies = master or (NUMBER if engine in ("zero1", "zero2") else 0)  # DeepSpeed updates a flat copy of its part
-    names = len(shape.dense_shapes) + sum(len(layer.expert_shapes) for layer in shape.layers)
-    if engine == "fsdp":  # a block at work and the next, which is on its way
-        largest = [*sorted(shape.block_sizes[:-1])[-2:], shape.block_sizes[-1]]
-        buffers: float = sum(largest) * (2 if precision is not Precision.fp32 else NUMBER)
-    else:
-        buffers = gradient * held if engine == "ddp" and world > 1 else 2 * BUCKET
-    rows = micro_batch * seq_len * shape.config.moe.router.top_k
-    local_experts = sum(
-        (layer.num_experts // ep - 1) * layer.expert_size for layer, ep in zip(shape.layers, ep_sizes, strict=True)
+    made_P = passes.once_P + micro_batch * passes.each_P + passes.copies_PL @ holder.local_experts
+    plans = PLAN_BYTES * len(holder.shape.layers) * micro_batch * seq_len * holder.shape.config.moe.router.top_k
+    moments = _fsdp if holder.engine == "fsdp" else _whole
+    gradients, made, kept, buffers = max(
+        (
+            (gradients, made, plans if made else 0.0, buffers)
+            for gradients, made, buffers in moments(holder, passes, made_P, accumulates)
+        ),
+        key=sum,
     )
-    kept = micro_batch * shape.kept_of_sequence
-    if precision is Precision.bf16:  # autocast keeps bf16 copies of the weights
-        kept += shape.kept_once + 2 * local_experts
-    return Memory(
-        weights=weight * weights,
-        gradients=gradient * gradients,
-        moments=(2 * NUMBER + copies) * shared + STEP_COUNT * names,
-        activations=kept,
-        dispatch=crossings + len(shape.layers) * plan_bytes(rows),
-        buffers=buffers,
-    )
+    return Memory(holder.weights, gradients, holder.moments, made, kept, buffers)
 
 
-def parameters_held(shape: ModelShape, engine: str, ep_sizes: Sequence[int], world: int) -> float:
-    """Numbers of which a rank holds the optimizer's state: with ddp and zero0, all that it computes with."""
-    layers = list(zip(shape.layers, ep_sizes, strict=True))
-    local = [layer.num_experts // ep * layer.expert_size for layer, ep in layers]
+Moment = tuple[float, float, float]  # bytes of gradients, of what the passes make, of buffers
+
+
+def _most(gradients_P: Array, made_P: Array, buffers_P: Array) -> Moment:
+    i = int(np.argmax(gradients_P + made_P + buffers_P))
+    return float(gradients_P[i]), float(made_P[i]), float(buffers_P[i])
+
+
+def _whole(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> Iterator[Moment]:
+    """Engines whose ranks compute with weights of their own."""
+    sizes = [holder.local(holder.shape.parameters[name]) for name in passes.order]
+    width = WIDTHS[holder.precision][1]
+    whole, share = width * sum(sizes), NUMBER * holder.shared
+    arrived_P = width * np.concatenate([[0.0], np.cumsum(sizes)])[passes.done_P]
+    engine, none_P = holder.engine, np.zeros_like(made_P)
     if engine in ("ddp", "zero0"):
-        return shape.dense_size + sum(local)
-    if engine == "fsdp":  # cut along the first dimension, unevenly if need be; experts along another, evenly
-        dense: float = sum(_first_share(dense_shape, world) for dense_shape in shape.dense_shapes)
-    else:
-        dense = shape.dense_size / world
-    return dense + sum(numbers / (world // ep) for numbers, (_, ep) in zip(local, layers, strict=True))
+        yield _most(none_P + whole if accumulates else arrived_P, made_P, none_P)
+        gradients, made, buffer = _sums(holder, whole)
+        yield gradients, made, max(buffer, _copy_for_norm(holder))
+    else:  # DeepSpeed's bucket takes gradients, sends them as one more copy, and keeps this rank's share
+        taken, copied = min(BUCKET, whole), min(BUCKET, NUMBER * max(_replicated_alike(holder).values()))
+        if engine == "zero1":  # makes all gradients before the last backward pass
+            yield _most(none_P + whole, made_P, none_P + BUCKET)
+            yield whole - taken + share, 0.0, BUCKET + copied
+        else:
+            before = share if accumulates else 0.0
+            yield _most(none_P + before, made_P, none_P + BUCKET)
+            yield before + (share if whole > BUCKET else 0.0), 0.0, BUCKET + copied
+            yield before + share, 0.0, BUCKET
+        yield share, 0.0, BUCKET + max(share, _copy_for_norm(holder))  # for the update
 
 
-def _first_share(shape: Shape, parts: int) -> int:
-    return math.prod(shape[1:]) * -(-shape[0] // parts)
+def _sums(holder: Holder, whole: float) -> Moment:
+    """Gradients of all replicas are added up."""
+    parameters = [p for p in holder.shape.parameters.values() if holder.replicas(p) > 1]
+    width = WIDTHS[holder.precision][1]
+    if holder.engine == "zero0":
+        return whole, 0.0, NUMBER * min(FLAT_NUMBERS, max(_replicated_alike(holder).values()))
+    largest = max((width * holder.local(parameter) for parameter in parameters), default=0.0)
+    bucket = max(largest, min(BUCKET, sum(width * holder.local(parameter) for parameter in parameters)))
+    if holder.precision is Precision.bf16_params:  # masters get fp32 gradients, bucket by bucket
+        whole = NUMBER * holder.held
+    return whole, 0.0, bucket
 
 
-def plan_bytes(assignments: float) -> float:
-    """Indices of a plan that are kept for the backward pass: about ten of 8 bytes for each assignment."""
-    return 80 * assignments
+def _copy_for_norm(holder: Holder) -> float:
+    """Of the largest gradient, in fp64, for its norm."""
+    return 2 * NUMBER * min(NORM_NUMBERS, max(map(holder.share, holder.shape.parameters.values())))
+
+
+def _replicated_alike(holder: Holder) -> dict[int, float]:
+    """Numbers of dense parameters (key 0), and of all experts of each EP size."""
+    numbers: dict[int, float] = {}
+    for parameter in holder.shape.parameters.values():
+        key = holder.ep_sizes[parameter.layer] if parameter.layer >= 0 else 0
+        numbers[key] = numbers.get(key, 0.0) + holder.local(parameter)
+    return numbers
+
+
+def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> Iterator[Moment]:
+    """Weights are gathered module by module; gradients of a module are summed and shared out when it is done."""
+    width = NUMBER if holder.precision is Precision.fp32 else 2  # of what is gathered, and of its gradients
+    parameters = [holder.shape.parameters[name] for name in passes.order]
+    block_P = np.array([parameter.block for parameter in parameters])[passes.done_P]  # whose gradient comes next
+    arrived_P = np.concatenate([[0.0], np.cumsum([holder.local(p) for p in parameters])])[passes.done_P]
+    groups = _gathered_together(holder)
+    root = sum(groups[ROOT])
+    sent, shared, waiting = 0.0, 0.0, holder.held if accumulates else 0.0
+    outside = 0.0  # numbers that have gradients and belong to no block
+    for start, end in _runs(block_P):
+        block = int(block_P[start])
+        own = groups[block] if block != ROOT else []
+        following = groups.get(block - 1 if block != ROOT else holder.shape.config.num_layers - 1, [0.0])
+        weights = width * (root + sum(own) + max(following, default=0.0))
+        inside_P = arrived_P[start:end] - arrived_P[start]
+        gradients_P = width * (outside + inside_P) + NUMBER * (shared + waiting)
+        none_P = np.zeros(end - start)
+        yield _most(gradients_P, made_P[start:end], none_P + weights + NUMBER * sent)
+        of_run = parameters[passes.done_P[start] : (passes.done_P[end] if end < len(block_P) else None)]
+        total = sum(map(holder.local, of_run))
+        if block == ROOT:
+            outside += total
+            continue
+        largest = max(own, default=0.0)
+        message = NUMBER * (sent + largest)  # the last one is kept until the next has been made
+        yield float(gradients_P[0]) + width * total, float(made_P[end - 1]), weights - width * largest + message
+        sent, shared = largest, shared + sum(map(holder.share, of_run))
+        waiting -= total if accumulates else 0.0
+    yield width * outside + NUMBER * (shared + waiting), 0.0, NUMBER * (sent + root)
+    yield NUMBER * holder.shared, 0.0, _copy_for_norm(holder)
+
+
+ROOT = -1  # number of the block of what is outside of blocks
+
+
+def _gathered_together(holder: Holder) -> dict[int, list[float]]:
+    """Numbers of each group of parameters that FSDP gathers at once, by block."""
+    sizes: dict[tuple[int, str], float] = {}
+    whole = [holder.world // ep == 1 for ep in holder.ep_sizes]  # these layers' experts are nobody else's
+    layer_of = {p.block: p.layer for p in holder.shape.parameters.values() if p.layer >= 0}
+    for parameter in holder.shape.parameters.values():
+        if parameter.layer >= 0:
+            if whole[parameter.layer]:
+                continue
+            branch = "experts"
+        else:
+            apart = parameter.branch and not whole[layer_of[parameter.block]]
+            branch = parameter.branch if apart else ""
+        key = (parameter.block, branch)
+        sizes[key] = sizes.get(key, 0.0) + holder.local(parameter)
+    groups: dict[int, list[float]] = {}
+    for (block, _), size in sizes.items():
+        groups.setdefault(block, []).append(size)
+    return groups
+
+
+def _runs(values_P: Array) -> list[tuple[int, int]]:
+    """(start, end) of each run of equal values."""
+    cuts = [0, *(np.flatnonzero(np.diff(values_P)) + 1).tolist(), len(values_P)]
+    return list(pairwise(cuts))

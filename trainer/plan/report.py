@@ -44,6 +44,7 @@ def as_dict(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> dict[
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     return {
         **asdict(candidate),
+        "recompute": candidate.recompute.value,
         "ways": [{"dispatcher": w.algorithm, "chunks": w.chunks, "wire": w.wire} for w in candidate.ways],
         "memory": asdict(candidate.memory) | {"peak": candidate.memory.peak},
         "step_s": candidate.step_s,
@@ -85,11 +86,17 @@ def _assumed(timer: Timer) -> str:
         f"a node has {cards} cards of {cluster.inter_gbps:g} Gbit/s, a GPU a port of {gpu.link_bytes_s / 1e9:.0f} GB/s "
         "inside it, each used in full",
         f"a message between nodes takes {cluster.message_us:g} µs of a processor, {cluster.latency_us:g} µs on its way",
-        f"matrix products reach {cluster.efficiency:.0%} of {timer.peak_flops / 1e12:.0f} TFLOP/s",
+        f"matrix products reach {cluster.efficiency:.0%} of {timer.peak_flops / 1e12:.0f} TFLOP/s{_fp8(timer)}",
         "gradients are summed after the last backward pass (ddp, zero), or beside dense arithmetic (fsdp)",
-        "AdamW; uniform routing; ranks in step",
+        f"{timer.config.optimizer}; uniform routing; ranks in step",
     )
     return "assumed:\n" + "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _fp8(timer: Timer) -> str:
+    if timer.expert_flops == timer.flops:
+        return ""
+    return f", those of experts, in fp8, of {timer.expert_flops / timer.config.cluster.efficiency / 1e12:.0f}"
 
 
 def _console() -> Console:
@@ -105,14 +112,15 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(timer: Timer, found: Found) -> Table:
-    parts = ("weights", "gradients", "moments", "activations", "dispatch", "buffers", "peak")
-    table = _table("GiB of a rank, each engine at its best", "engine", "micro-batch", "EP", *parts)
+    parts = ("weights", "gradients", "moments", "activations", "plans", "buffers", "peak")
+    chosen = ("micro-batch", "EP", "recompute")
+    table = _table("GiB of a rank when it holds most, each engine at its best", "engine", *chosen, *parts)
     for engine, candidate in sorted(found.others["engine"].items()):
         if candidate is None:
-            table.add_row(engine, *["–"] * (len(parts) + 1), "does not fit")
+            table.add_row(engine, *["–"] * (len(chosen) + len(parts) - 1), "does not fit")
             continue
         numbers = [f"{getattr(candidate.memory, part) / GIB:.2f}" for part in parts]
-        table.add_row(engine, str(candidate.micro_batch), _ep(candidate), *numbers)
+        table.add_row(engine, str(candidate.micro_batch), _ep(candidate), candidate.recompute.value, *numbers)
     return table
 
 
@@ -142,9 +150,10 @@ def _choice_table(timer: Timer, found: Found) -> Table:
     for choice, others in found.others.items():
         value = next(v for v, candidate in others.items() if candidate == found.best)
         costs = [_cost(other, candidate, found.best) for other, candidate in others.items() if other != value]
+        costs += _not_looked_at(timer, found, choice)
         table.add_row(choice, str(value), ", ".join(costs) or "–")
     for layer, index in _distinct_layers(timer):
-        ways = timer.ways(layer, found.best.ep_sizes[index], found.best.micro_batch)
+        ways = timer.ways(index, found.best.ep_sizes[index], found.best.micro_batch, found.best.recompute)
         for choice, key in (("dispatcher", "algorithm"), ("chunks", "chunks"), ("wire", "wire")):
             fastest: dict[Any, float] = {}
             for way in ways:  # the fastest come first
@@ -153,6 +162,16 @@ def _choice_table(timer: Timer, found: Found) -> Table:
             costs = [f"{other} +{fastest[other] / ways[0].seconds - 1:.1%} of the layer" for other in rest]
             table.add_row(f"{choice}, {layer.num_experts} experts", str(value), ", ".join(costs) or "–")
     return table
+
+
+def _not_looked_at(timer: Timer, found: Found, choice: str) -> list[str]:
+    """Values that were not compared, and why."""
+    if choice == "engine":
+        return [f"{engine} refuses {why}" for engine, why in found.refused.items()]
+    left_out = [
+        m.value for m in timer.config.recompute if choice == "recompute" and m.value not in found.others[choice]
+    ]
+    return [f"{', '.join(left_out)} not needed: the fastest of all fits"] if left_out else []
 
 
 def _cost(value: Any, candidate: Candidate | None, best: Candidate) -> str:

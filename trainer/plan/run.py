@@ -23,7 +23,7 @@ def make_plan(config: PlanConfig) -> float:
     except ValueError as error:
         raise ConfigError(f"cost_file: {error}") from None
     model = replace(config.model, vocab_size=config.model.vocab_size or config.vocab_size)
-    timer = Timer(config, model_shape(model, config.seq_len or model.max_seq_len, config.precision), measured)
+    timer = Timer(config, model_shape(model, config.seq_len or model.max_seq_len), measured)
     found = search(timer)
     simulated = replay(timer, found.best)
     show(timer, found, simulated)

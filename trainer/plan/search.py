@@ -1,4 +1,4 @@
-"""The best of EP sizes, engine, dispatcher, chunks, wire and micro-batch, and what the others would have cost."""
+"""The best of EP sizes, engine, recomputation, dispatcher, chunks, wire and micro-batch, and what others would cost."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,9 +9,11 @@ from typing import Any
 
 from twohop.comm.shipment import Shipment
 from twohop.comm.simulate import Simulated, simulate
+from twohop.trainer.config import Precision, Recompute
 from twohop.trainer.config.plan import PlanConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.plan.hardware import GIB
+from twohop.trainer.plan.holding import Holder
 from twohop.trainer.plan.memory import Memory, memory_of
 from twohop.trainer.plan.steptime import Timer, Way
 
@@ -21,6 +23,7 @@ class Candidate:
     """One way to train, and what it takes on each rank and in each step."""
 
     engine: str
+    recompute: Recompute
     micro_batch: int
     accumulation: int
     ep_sizes: tuple[int, ...]  # of each MoE layer
@@ -38,42 +41,43 @@ class Candidate:
         return self.dense_s + self.experts_s + self.dispatch_s + self.gradients_s + self.update_s
 
 
-def candidates(timer: Timer) -> Iterator[Candidate]:
+def candidates(timer: Timer, recompute: Recompute = Recompute.none) -> Iterator[Candidate]:
     """All that divides evenly, whether it fits into memory or not."""
-    config, shape = timer.config, timer.shape
-    for micro_batch, ep_sizes in product(micro_batches(config), layouts(config)):
-        accumulation = config.global_batch // (micro_batch * config.cluster.world)
-        ways = tuple(timer.ways(layer, ep, micro_batch)[0] for layer, ep in zip(shape.layers, ep_sizes, strict=True))
-        experts_s = accumulation * sum(way.experts_s for way in ways)
-        for engine in config.engines:
+    config, world = timer.config, timer.config.cluster.world
+    engines = [engine for engine in config.engines if engine not in engines_refused(config)]
+    for ep_sizes, engine in product(layouts(config), engines):
+        holder = Holder(timer.shape, engine, ep_sizes, world, config.precision, config.optimizer)
+        update_s, passes = timer.update_s(holder), timer.passes(engine, recompute)
+        for micro_batch in micro_batches(config):
+            accumulation = config.global_batch // (micro_batch * world)
+            ways = tuple(timer.ways(i, ep, micro_batch, recompute)[0] for i, ep in enumerate(ep_sizes))
+            experts_s = accumulation * sum(way.experts_s for way in ways)
+            dense_s = accumulation * timer.dense_s(micro_batch, recompute)
             yield Candidate(
                 engine=engine,
+                recompute=recompute,
                 micro_batch=micro_batch,
                 accumulation=accumulation,
                 ep_sizes=ep_sizes,
                 ways=ways,
-                memory=memory_of(
-                    shape,
-                    engine,
-                    ep_sizes,
-                    config.cluster.world,
-                    micro_batch,
-                    timer.seq_len,
-                    config.precision,
-                    accumulation > 1,
-                    max((_crossings(way) for way in ways), default=0.0),
-                ),
-                dense_s=accumulation * timer.dense_s(micro_batch),
+                memory=memory_of(holder, passes, micro_batch, timer.seq_len, accumulation > 1),
+                dense_s=dense_s,
                 experts_s=experts_s,
                 dispatch_s=accumulation * sum(way.seconds for way in ways) - experts_s,
-                gradients_s=timer.gradients_s(engine, ep_sizes, micro_batch, accumulation),
-                update_s=timer.update_s(engine, ep_sizes),
+                gradients_s=timer.gradients_s(engine, ep_sizes, accumulation, dense_s),
+                update_s=update_s,
             )
 
 
-def _crossings(way: Way) -> float:
-    """Bytes of rows sent and received at once, at most: two hops, each way."""
-    return 4 * way.work.tokens * way.work.top_k * way.work.row_bytes
+def engines_refused(config: PlanConfig) -> dict[str, str]:
+    """Engines that cannot train so, with the key and value that they refuse; as `twohop train` does."""
+    refused = {}
+    for engine in config.engines:
+        if config.precision is Precision.bf16_params and engine != "ddp":
+            refused[engine] = "precision=bf16_params"
+        elif config.optimizer == "muon" and engine not in ("ddp", "zero0"):
+            refused[engine] = "optimizer=muon"
+    return refused
 
 
 def micro_batches(config: PlanConfig) -> list[int]:
@@ -123,23 +127,33 @@ class Found:
     """The best candidate, and for each choice the best with each other value: None if none fits."""
 
     best: Candidate
+    refused: dict[str, str]  # engine -> why
     others: dict[str, dict[Any, Candidate | None]]  # choice -> value -> candidate
 
 
 def search(timer: Timer) -> Found:
     """The candidate that fits and takes the shortest step; of equal ones the one with most memory left.
 
+    Recomputation only ever takes longer: as soon as the fastest of all candidates fits, more of it is not looked at.
     Raises ConfigError if none fits.
     """
     room = (timer.gpu.memory_gib - timer.config.cluster.reserve_gib) * GIB
-    everything = list(candidates(timer))
-    fitting = [candidate for candidate in everything if candidate.memory.peak <= room]
+    everything: list[Candidate] = []
+    fitting: list[Candidate] = []
+    for recompute in sorted(timer.config.recompute, key=list(Recompute).index):
+        added = list(candidates(timer, recompute))
+        everything += added
+        fitting += [candidate for candidate in added if candidate.memory.peak <= room]
+        fastest_s = min(candidate.step_s for candidate in added)
+        if any(candidate.step_s <= fastest_s for candidate in fitting):
+            break
     if not fitting:
         least = min(everything, key=lambda candidate: candidate.memory.peak)
         raise ConfigError(
             f"nothing fits into the {room / GIB:.1f} GiB of cluster.gpu={timer.config.cluster.gpu}: the least is "
-            f"{least.memory.peak / GIB:.1f} GiB, with {least.engine}, micro_batch={least.micro_batch} and EP "
-            f"{'/'.join(map(str, sorted(set(least.ep_sizes))))}; use more nodes, or a smaller model"
+            f"{least.memory.peak / GIB:.1f} GiB, with {least.engine}, recompute={least.recompute.value}, "
+            f"micro_batch={least.micro_batch} and EP {'/'.join(map(str, sorted(set(least.ep_sizes))))}; use more "
+            "nodes, or a smaller model"
         )
 
     def rank(candidate: Candidate) -> tuple[float, float]:
@@ -147,6 +161,7 @@ def search(timer: Timer) -> Found:
 
     choices: dict[str, Callable[[Candidate], Any]] = {
         "engine": lambda c: c.engine,
+        "recompute": lambda c: c.recompute.value,
         "micro-batch": lambda c: c.micro_batch,
     }
     for size in sorted({layer.num_experts for layer in timer.shape.layers}):
@@ -158,7 +173,7 @@ def search(timer: Timer) -> Found:
         others[name] = {
             value: min((c for c in fitting if value_of(c) == value), key=rank, default=None) for value in values
         }
-    return Found(min(fitting, key=rank), others)
+    return Found(min(fitting, key=rank), engines_refused(timer.config), others)
 
 
 def _ep_size(layer: int, candidate: Candidate) -> int:

@@ -1,4 +1,4 @@
-"""What planning must know of a model: the sizes of its parameters, its arithmetic, and what it keeps for backward."""
+"""What planning must know of a model: its parameters, and its arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from twohop.models import ModelConfig, parameter_counts
 from twohop.models.build import build_model, expert_parameters
 from twohop.models.flops import training_flops
-from twohop.trainer.config import Precision
-from twohop.trainer.plan.activations import activation_bytes
+from twohop.trainer.optimizers.muon import hidden_matrices
 
 Shape = tuple[int, ...]
 
@@ -26,53 +25,74 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """One parameter; of a layer's experts that of one expert."""
+
+    shape: Shape
+    layer: int  # number of the MoE layer whose experts it belongs to; -1: of none
+    block: int  # number of its block; -1: outside of blocks
+    branch: str  # of an MoE layer, that computes by itself: router, shared, residual.mlp, residual.mix; "": none
+    is_matrix: bool  # it would be Muon's
+
+    @property
+    def size(self) -> int:
+        """Numbers."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model, with nothing allocated."""
 
     config: ModelConfig
     total: int  # parameters
     active: int  # of these, used by a token
-    dense_shapes: tuple[Shape, ...]  # of all parameters but experts
-    block_sizes: tuple[int, ...]  # parameters of each block, without experts; then of what is outside of blocks
+    parameters: dict[str, Parameter]
     layers: tuple[LayerShape, ...]  # MoE layers
     token_flops: float  # forward and backward
-    kept_of_sequence: float  # bytes for the backward pass
-    kept_once: float  # bytes for the backward pass, whatever the micro-batch: weights in another precision
+
+    @property
+    def dense(self) -> list[Parameter]:
+        """All but experts."""
+        return [parameter for parameter in self.parameters.values() if parameter.layer < 0]
 
     @property
     def dense_size(self) -> int:
         """Parameters without experts."""
-        return sum(math.prod(shape) for shape in self.dense_shapes)
+        return sum(parameter.size for parameter in self.dense)
 
     def expert_flops(self, layer: LayerShape) -> float:
         """Of one token in the forward pass of a layer's experts."""
         return 2.0 * self.config.moe.router.top_k * layer.expert_size
 
 
-def model_shape(config: ModelConfig, seq_len: int, precision: Precision) -> ModelShape:
-    """Builds the model on the meta device and runs it on tensors without memory; a few seconds for a large one."""
+def model_shape(config: ModelConfig, seq_len: int) -> ModelShape:
+    """Builds the model on the meta device."""
     model = build_model(config, device="meta")
-    experts = expert_parameters(model)
-    dense = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in experts}
-    inside = [f"blocks.{i}." for i in range(config.num_layers)]
-    blocks = [sum(math.prod(s) for name, s in dense.items() if name.startswith(block)) for block in inside]
-    outside = sum(math.prod(s) for name, s in dense.items() if not name.startswith("blocks."))
+    experts, matrices = expert_parameters(model), hidden_matrices(model)
+    number = {layer: i for i, (_, layer) in enumerate(model.moe_layers())}
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        is_expert, path = name in experts, name.split(".")
+        parameters[name] = Parameter(
+            shape=tuple(parameter.shape[1:] if is_expert else parameter.shape),
+            layer=number[experts[name]] if is_expert else -1,
+            block=int(path[1]) if path[0] == "blocks" else -1,
+            branch=_branch(path),
+            is_matrix=name in matrices,
+        )
     layers = [
         LayerShape(layer.dispatcher.num_experts, tuple(tuple(p.shape[1:]) for p in layer.experts.parameters()))
-        for _, layer in model.moe_layers()
+        for layer in number
     ]
     total, active = parameter_counts(config)
     flops = training_flops(config, seq_len)
     assert flops is not None  # of decoders it is known
-    one, two = (activation_bytes(config, seq_len, n, precision is not Precision.fp32) for n in (1, 2))
-    return ModelShape(
-        config=config,
-        total=total,
-        active=active,
-        dense_shapes=tuple(dense.values()),
-        block_sizes=(*blocks, outside),
-        layers=tuple(layers),
-        token_flops=flops,
-        kept_of_sequence=two - one,
-        kept_once=2 * one - two,
-    )
+    return ModelShape(config, total, active, parameters, tuple(layers), flops)
+
+
+def _branch(path: list[str]) -> str:
+    inside = path[path.index("moe") + 1 :] if "moe" in path else [""]
+    if inside[0] == "residual":
+        return ".".join(inside[:2])
+    return inside[0] if inside[0] in ("router", "shared") else ""

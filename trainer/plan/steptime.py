@@ -1,5 +1,8 @@
 """Seconds of a step: arithmetic, dispatch by the cost model of `comm=auto`, sums of gradients, optimizer.
 
+What `recompute` multiplies and carries again is counted by the same passes that count memory. Muon's iterations are
+counted too: five times three products for each matrix, on every rank that holds it.
+
 Assumed, beside what `twohop.comm.cost` and `twohop.comm.simulate` assume: matrix products reach
 `cluster.efficiency` of the peak; routing is uniform; ddp and DeepSpeed sum gradients after the last backward pass, as
 they do here, and FSDP beside the arithmetic of the dense parts.
@@ -17,14 +20,18 @@ from twohop.comm.network import Network
 from twohop.comm.simulate import cost_model
 from twohop.comm.topology import ep_block
 from twohop.comm.wire import FORMATS
-from twohop.trainer.config import Precision
+from twohop.trainer.config import Precision, Recompute
 from twohop.trainer.config.plan import PlanConfig
 from twohop.trainer.plan.hardware import GPUS, network_of
-from twohop.trainer.plan.memory import NUMBER, parameters_held
+from twohop.trainer.plan.holding import NUMBER, Holder
+from twohop.trainer.plan.memory import precision_of_passes
+from twohop.trainer.plan.passes import Passes, passes
 from twohop.trainer.plan.shape import LayerShape, ModelShape
 
 Block = tuple[int, int]
-UPDATE_BYTES = 7 * NUMBER  # AdamW reads weight, gradient and two moments of a number, and writes all but the gradient
+# AdamW reads weight, gradient and two moments of a number, and writes all but the gradient; Muon has one moment.
+UPDATE_BYTES = {"adamw": 7 * NUMBER, "muon": 5 * NUMBER}
+MUON_ITERATIONS = 5  # as torch's Muon
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Way:
     work: Workload
     forward_s: float
     backward_s: float
+    repeated: float  # the part of the experts' forward products that is computed again
 
     @property
     def seconds(self) -> float:
@@ -46,7 +54,7 @@ class Way:
     @property
     def experts_s(self) -> float:
         """Of both passes, if nothing were in their way."""
-        return 3 * self.work.experts_s
+        return (3 + self.repeated) * self.work.experts_s
 
 
 class Timer:
@@ -60,7 +68,12 @@ class Timer:
         is_fp32 = config.precision is Precision.fp32
         self.peak_flops = self.gpu.fp32_flops if is_fp32 else self.gpu.bf16_flops
         self.flops = self.peak_flops * config.cluster.efficiency
-        self._ways: dict[tuple[int, int, int], list[Way]] = {}
+        self.expert_flops = self.flops
+        if config.fp8_experts:
+            assert self.gpu.fp8_flops is not None  # the command has looked
+            self.expert_flops = self.gpu.fp8_flops * config.cluster.efficiency
+        self._ways: dict[tuple, list[Way]] = {}
+        self._passes: dict[tuple[Precision, Recompute], Passes] = {}
         self._models: dict[Block, CostModel] = {}
 
     def block(self, ep_size: int) -> Block:
@@ -68,16 +81,30 @@ class Timer:
         nodes, local = ep_block(self.levels, ep_size)
         return nodes, local
 
-    def ways(self, layer: LayerShape, ep_size: int, micro_batch: int) -> list[Way]:
-        """All ways to carry a layer's tokens, the fastest first."""
-        key = (layer.num_experts, ep_size, micro_batch)
+    def passes(self, engine: str, recompute: Recompute) -> Passes:
+        """Of the model as the engine runs it; the first time a few seconds for a large model."""
+        key = (precision_of_passes(engine, self.config.precision), recompute)
+        if key not in self._passes:
+            self._passes[key] = passes(self.shape.config, self.seq_len, *key)
+        return self._passes[key]
+
+    def _counted(self, recompute: Recompute) -> Passes:
+        """Passes of any precision: they have the same operations."""
+        known = (passes for (_, mode), passes in self._passes.items() if mode is recompute)
+        return next(known, None) or self.passes("ddp", recompute)
+
+    def ways(self, index: int, ep_size: int, micro_batch: int, recompute: Recompute) -> list[Way]:
+        """All ways to carry the tokens of MoE layer `index`, the fastest first."""
+        layer = self.shape.layers[index]
+        again = self._again(index, recompute)
+        key = (layer.num_experts, ep_size, micro_batch, again)
         if key not in self._ways:
             block = self.block(ep_size)
             if block not in self._models:
                 self._models[block] = self.measured or cost_model(self.network, block, self.levels[1])
             works = [(wire, self.workload(layer, micro_batch, wire)) for wire in self.config.wires]
             ways = [
-                self._way(self._models[block], block, algorithm, chunks, wire, work)
+                self._way(self._models[block], block, algorithm, chunks, wire, work, again)
                 for algorithm in self.config.dispatchers
                 for chunks in self.config.chunks
                 for wire, work in works
@@ -96,26 +123,49 @@ class Timer:
             row_bytes=dim * dtype.itemsize,
             between_row_bytes=FORMATS[wire].row_bytes(dim, dtype),
             inside_row_bytes=dim * dtype.itemsize,
-            experts_s=tokens * self.shape.expert_flops(layer) / self.flops,
+            experts_s=tokens * self.shape.expert_flops(layer) / self.expert_flops,
         )
 
-    def _way(self, model: CostModel, block: Block, algorithm: str, chunks: int, wire: str, work: Workload) -> Way:
+    def _again(self, index: int, recompute: Recompute) -> tuple[float, float]:
+        """Of a layer: the part of the experts' forward products, and of dispatch with combine, that is done again."""
+        if recompute is Recompute.none:
+            return 0.0, 0.0
+        repeated, once = self._counted(recompute), self._counted(Recompute.none)
+        before = once.expert_operations[index]  # of the forward pass, and as many for gradients of rows
+        ways = [done[index] - 1 for done in (repeated.dispatched, repeated.combined)]
+        return 2 * (repeated.expert_operations[index] / before - 1), sum(ways) / 2
+
+    def _way(
+        self,
+        model: CostModel,
+        block: Block,
+        algorithm: str,
+        chunks: int,
+        wire: str,
+        work: Workload,
+        again: tuple[float, float],
+    ) -> Way:
         axes = [("node", block[0]), ("local", block[1])]
-        both = [work, replace(work, experts_s=2 * work.experts_s)]
+        repeated, carried = again
+        both = [work, replace(work, experts_s=(2 + repeated) * work.experts_s)]
         forward_s, backward_s = (model.predict(w, axes, algorithm, chunks) for w in both)
-        return Way(algorithm, chunks, wire, work, forward_s, backward_s)
+        backward_s += carried * model.predict(replace(work, experts_s=0.0), axes, algorithm, chunks)
+        return Way(algorithm, chunks, wire, work, forward_s, backward_s, repeated)
 
     @cached_property
     def dense_flops(self) -> float:
         """Of a token, forward and backward, without experts."""
         return self.shape.token_flops - sum(3 * self.shape.expert_flops(layer) for layer in self.shape.layers)
 
-    def dense_s(self, micro_batch: int) -> float:
+    def dense_s(self, micro_batch: int, recompute: Recompute) -> float:
         """Arithmetic of a micro-batch, both passes, without experts."""
-        return micro_batch * self.seq_len * self.dense_flops / self.flops
+        flops = self.seq_len * self.dense_flops
+        if recompute is not Recompute.none:
+            flops += self._counted(recompute).operations - self._counted(Recompute.none).operations
+        return micro_batch * flops / self.flops
 
-    def gradients_s(self, engine: str, ep_sizes: Sequence[int], micro_batch: int, accumulation: int) -> float:
-        """What gradients and shared parameters add to a step."""
+    def gradients_s(self, engine: str, ep_sizes: Sequence[int], accumulation: int, dense_s: float) -> float:
+        """What gradients and shared parameters add to a step with `dense_s` seconds of dense arithmetic."""
         parts = [(self.shape.dense_size, self.levels)]
         for layer, ep_size in zip(self.shape.layers, ep_sizes, strict=True):
             nodes, local = self.block(ep_size)
@@ -127,15 +177,27 @@ class Timer:
         if engine == "fsdp":
             weight = NUMBER if self.config.precision is Precision.fp32 else 2
             gathered = sum(gather_s(self.network, weight * size, group, self.levels[1]) for size, group in parts)
-            beside = accumulation * self.dense_s(micro_batch)
-            return max(0.0, 2 * accumulation * gathered + once - beside)  # for each pass of each micro-batch
+            return max(0.0, 2 * accumulation * gathered + once - dense_s)  # for each pass of each micro-batch
         scatters = accumulation if engine == "zero2" else 1
         return (scatters + 1) * once
 
-    def update_s(self, engine: str, ep_sizes: Sequence[int]) -> float:
-        """The optimizer reads and writes all that it holds."""
-        world = self.config.cluster.world
-        return UPDATE_BYTES * parameters_held(self.shape, engine, ep_sizes, world) / self.gpu.memory_bytes_s
+    def update_s(self, holder: Holder) -> float:
+        """The optimizer reads and writes all that it holds; Muon multiplies, in bf16, on top."""
+        seconds = 0.0
+        for parameter in self.shape.parameters.values():
+            muons = self.config.optimizer == "muon" and parameter.is_matrix
+            numbers = holder.share(parameter)
+            seconds += UPDATE_BYTES["muon" if muons else "adamw"] * numbers / self.gpu.memory_bytes_s
+            if muons:
+                flops = numbers / parameter.size * muon_flops(*parameter.shape)
+                seconds += flops / (self.gpu.bf16_flops * self.config.cluster.efficiency)
+        return seconds
+
+
+def muon_flops(rows: int, columns: int) -> float:
+    """Operations of Muon's iterations for one matrix X: XXᵀ, its square, and that times X, X having more columns."""
+    short, long = sorted((rows, columns))
+    return MUON_ITERATIONS * 2.0 * short * short * (2 * long + short)
 
 
 def gather_s(network: Network, size: float, group: Block, ranks_per_node: int) -> float:
