@@ -17,7 +17,7 @@ from twohop.comm.clock import COMBINE, DISPATCH, EXPERTS, PhaseClock
 from twohop.comm.counts import NOT_FINITE, WRONG_EXPERTS, Grid
 from twohop.comm.diagnose import announce_failure
 from twohop.comm.kernels import fused
-from twohop.comm.pipeline import Experts, carry_weights, last, run, way_home, way_there
+from twohop.comm.pipeline import CombineWeights, Experts, last, run, way_home, way_there
 from twohop.comm.plan import Plan, make_plan
 from twohop.comm.routes import ROUTES
 from twohop.comm.topology import Topology
@@ -52,7 +52,7 @@ class Dispatched:
     rows: torch.Tensor  # [R, D], grouped by local expert; inside one by home rank, then token
     counts: list[int]  # rows of each local expert, on the host
     plan: Plan
-    weight_n: torch.Tensor  # combine weights, in order of arrival
+    weights: CombineWeights
     way: Way
 
 
@@ -101,11 +101,11 @@ class TokenDispatcher:
         """
         with self.clock.phase(DISPATCH, self.label):
             planned = self._plan(tokens_ND, expert_ids_NK, weights_NK, chunks=1)
-            (weight_n,) = carry_weights(weights_NK, planned.plan)
+            weights = CombineWeights(weights_NK, planned.plan)
             (chunk,) = planned.plan.chunks
             rows_RD = last(way_there(tokens_ND, chunk, planned.way.wires))
         assert isinstance(chunk.counts, list)  # as they were asked for
-        return Dispatched(rows_RD, chunk.counts, planned.plan, weight_n, planned.way)
+        return Dispatched(rows_RD, chunk.counts, planned.plan, weights, planned.way)
 
     @torch.compiler.disable
     def combine(self, expert_rows_RD: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
@@ -130,7 +130,7 @@ class TokenDispatcher:
             _check_expert_rows(expert_rows_RD, dispatched.rows)
         (chunk,) = dispatched.plan.chunks
         with self.clock.phase(COMBINE, self.label):
-            return last(way_home(expert_rows_RD, dispatched.weight_n, chunk, dispatched.way.wires))
+            return last(way_home(expert_rows_RD, dispatched.weights.of_chunks[0], chunk, dispatched.way.wires))
 
     @torch.compiler.disable
     def run(

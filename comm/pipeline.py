@@ -13,6 +13,8 @@ their way is kept by the group until its stream has passed them.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,25 +139,67 @@ class _WeighAndSum(torch.autograd.Function):
         return *grads, None, None
 
 
-class _Carry(torch.autograd.Function):
-    """Combine weights [N, K] -> those of the assignments that arrived here; backward carries gradients home."""
+class _GradientsHome:
+    """Gradients of combine weights on their way home; the two ends of it in the graph share this."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.way: Iterator[torch.Tensor] = iter(())
+
+    def start(self, grad_n: torch.Tensor) -> None:
+        way = self.plan.assignments_home(grad_n.contiguous(), "metadata backward")
+        self.way = chain([next(way)], way)
+
+    def wait(self) -> torch.Tensor:
+        return last(self.way)
+
+
+class _WeightsLeave(torch.autograd.Function):
+    """Combine weights [N, K] -> an empty ticket; the plan has brought them along already."""
 
     @staticmethod
-    def forward(ctx: Any, weights_NK: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan, ctx.like = plan, (weights_NK.shape, weights_NK.dtype)
-        return plan.weight_n.view_as(plan.weight_n)
+    def forward(ctx: Any, weights_NK: torch.Tensor, home: _GradientsHome) -> torch.Tensor:
+        ctx.home, ctx.like = home, (weights_NK.shape, weights_NK.dtype)
+        return weights_NK.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: torch.Tensor) -> tuple[torch.Tensor, None]:
+        shape, dtype = ctx.like
+        return ctx.home.wait().view(shape).to(dtype), None
+
+
+class _WeightsArrive(torch.autograd.Function):
+    """ticket -> the weights of the assignments that arrived."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: torch.Tensor, home: _GradientsHome) -> torch.Tensor:
+        ctx.home = home
+        return home.plan.weight_n.view_as(home.plan.weight_n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_n: torch.Tensor) -> tuple[torch.Tensor, None]:
-        shape, dtype = ctx.like
-        return ctx.plan.assignments_home(grad_n.contiguous(), "metadata backward").view(shape).to(dtype), None
+        ctx.home.start(grad_n)
+        return grad_n.new_empty(0), None
 
 
-def carry_weights(weights_NK: torch.Tensor | None, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """The combine weights that the plan has brought here, for each chunk; differentiable in weights_NK, if given."""
-    weight_n = plan.weight_n if weights_NK is None else _Carry.apply(weights_NK, plan)
-    return weight_n.split([chunk.num_assignments for chunk in plan.chunks])
+class CombineWeights:
+    """The combine weights that a plan has brought here, differentiable in `weights_NK`, if given.
+
+    Autograd walks nodes in the reverse order of their making. The one that sends the gradients is made when the weights
+    are first used, after the experts, and the one that waits for them now: so they travel beside the experts' backward.
+    """
+
+    def __init__(self, weights_NK: torch.Tensor | None, plan: Plan) -> None:
+        self.plan, self._home = plan, _GradientsHome(plan)
+        self._ticket = None if weights_NK is None else _WeightsLeave.apply(weights_NK, self._home)
+
+    @cached_property
+    def of_chunks(self) -> tuple[torch.Tensor, ...]:
+        """Those of each chunk, in order of arrival."""
+        weight_n = self.plan.weight_n if self._ticket is None else _WeightsArrive.apply(self._ticket, self._home)
+        return weight_n.split([chunk.num_assignments for chunk in self.plan.chunks])
 
 
 def way_there(
@@ -213,9 +257,9 @@ def run(
     The experts get rows in `dtype`; their sums have that of the tokens.
     What is done for dispatch and for combine is done inside `phase(DISPATCH)` and `phase(COMBINE)`.
     """
-    weights = carry_weights(weights_NK, plan)
+    weights = CombineWeights(weights_NK, plan)
     tokens = tokens_ND.split([chunk.num_tokens for chunk in plan.chunks])
-    ways = [_through(*parts, wires, experts, phase, dtype) for parts in zip(tokens, weights, plan.chunks, strict=True)]
+    ways = [_through(rows, weights, number, wires, experts, phase, dtype) for number, rows in enumerate(tokens)]
     done: list[torch.Tensor] = list(tokens)
     num_hops = len(plan.chunks[0].moves)
     turns = schedule(num_hops, len(plan.chunks))
@@ -231,13 +275,14 @@ def run(
 
 def _through(
     tokens: torch.Tensor,
-    weight_n: torch.Tensor,
-    chunk: Chunk,
+    weights: CombineWeights,
+    number: int,
     wires: Wires,
     experts: Experts,
     phase: Phase,
     dtype: torch.dtype,
 ) -> Iterator[torch.Tensor]:
+    chunk = weights.plan.chunks[number]
     there = way_there(tokens, chunk, wires, dtype)
     for _ in chunk.moves:
         with phase(DISPATCH):
@@ -245,7 +290,8 @@ def _through(
         yield ticket
     with phase(DISPATCH):
         rows_RD = next(there)
-    home = way_home(experts(rows_RD, chunk.counts), weight_n, chunk, wires, tokens.dtype)
+    expert_rows_RD = experts(rows_RD, chunk.counts)
+    home = way_home(expert_rows_RD, weights.of_chunks[number], chunk, wires, tokens.dtype)
     for _ in (*chunk.moves, None):
         with phase(COMBINE):
             rows = next(home)

@@ -11,6 +11,7 @@ Imports no torch. Shapes: T tokens, K experts of a token, E experts, M nodes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,18 +76,30 @@ def place(kind: str, load_E: Array, together_EE: Array, block: tuple[int, int]) 
     return _slots_of(rank_E, experts // (nodes * local))
 
 
-def quality(sample: Sample, slots_E: Indices, block: tuple[int, int], by_node: bool = True) -> Quality:
-    """Rows between nodes, one for each node (`by_node`, as dedup sends them) or rank that a token needs, and loads."""
+def hottest(load_E: Array, count: int) -> list[int]:
+    """The experts with the most load, ascending."""
+    return sorted(np.argsort(-load_E, kind="stable")[:count].tolist())
+
+
+def quality(
+    sample: Sample, slots_E: Indices, block: tuple[int, int], by_node: bool = True, shadowed: Sequence[int] = ()
+) -> Quality:
+    """Rows between nodes, one for each node (`by_node`, as dedup sends them) or rank that a token needs, and loads.
+
+    Tokens of an expert with shadows stay at home; all ranks are taken to have equally many.
+    """
     ranks = math.prod(block)
     of_rank = sample.num_experts // ranks
-    rank_TK = np.where(sample.ids_TK >= 0, slots_E[np.maximum(sample.ids_TK, 0)] // of_rank, -1)
+    at_home_TK = np.isin(sample.ids_TK, list(shadowed))
+    travels_TK = (sample.ids_TK >= 0) & ~at_home_TK
+    rank_TK = np.where(travels_TK, slots_E[np.maximum(sample.ids_TK, 0)] // of_rank, -1)
     place_TK = np.where(rank_TK >= 0, rank_TK // block[1] if by_node else rank_TK, -1)
     place_TK = np.sort(place_TK, axis=1)
     new_TK = place_TK >= 0
     new_TK[:, 1:] &= place_TK[:, 1:] != place_TK[:, :-1]
     node_TK = place_TK if by_node else place_TK // block[1]
     crossing = (new_TK & (node_TK != sample.node_T[:, None])).sum()
-    load = np.bincount(rank_TK[rank_TK >= 0], minlength=ranks)
+    load = np.bincount(rank_TK[rank_TK >= 0], minlength=ranks) + at_home_TK.sum() / ranks
     return Quality(float(crossing / max(1, len(rank_TK))), float(load.max() / max(load.mean(), 1e-9)))
 
 

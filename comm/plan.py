@@ -9,7 +9,7 @@ that the plan of a chunk is a slice of the plan of all. Assignments travel besid
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -74,13 +74,18 @@ class Plan:
     num_slots: int
     most_tokens: int  # of any rank of the group
 
-    def assignments_home(self, value_n: torch.Tensor, phase: str) -> torch.Tensor:
-        """One value for each assignment that arrived, home to the slots [N * K] that caused them; 0 elsewhere."""
+    def assignments_home(self, value_n: torch.Tensor, phase: str) -> Iterator[torch.Tensor]:
+        """One value for each assignment that arrived, home to the slots [N * K] that caused them; 0 elsewhere.
+
+        Yields once after every start of an exchange, and last the values.
+        """
         for move in reversed(self.assignment_moves):
             arrived_n = torch.empty_like(value_n).index_copy_(0, move.arriving_n, value_n)
-            sent_n = move.channel.start(arrived_n, move.recv, move.send, phase).wait()
+            pending = move.channel.start(arrived_n, move.recv, move.send, phase)
+            yield arrived_n
+            sent_n = pending.wait()
             value_n = torch.empty_like(sent_n).index_copy_(0, move.sending_n, sent_n)
-        return value_n.new_zeros(self.num_slots).index_copy_(0, self.slot_n, value_n)
+        yield value_n.new_zeros(self.num_slots).index_copy_(0, self.slot_n, value_n)
 
     def kept(self, number: int) -> "Plan":
         """The plan to be walked again without an agreement, as plan `number`, which is the same on all ranks.

@@ -3,6 +3,7 @@
 Shapes: R rows, E local experts, D model width, F hidden width, U width of the up projection.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ class ExpertPass:
         self.experts = experts
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
-    def open(self) -> None:
-        """Get the weights ready."""
-        self.up, self.down = LateWeight(self.experts.up, self.dtype), LateWeight(self.experts.down, self.dtype)
+    def open(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Get the weights ready: the experts' own, or others (up, down) of as many experts as rows will be for."""
+        up_EUD, down_EDF = weights or (self.experts.up, self.experts.down)
+        self.up, self.down = LateWeight(up_EUD, self.dtype), LateWeight(down_EDF, self.dtype)
 
     def __call__(self, rows_RD: Tensor, counts_E: Counts) -> Tensor:
         """See `Experts.forward`."""

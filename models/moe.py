@@ -4,7 +4,7 @@ Shapes: B sequences, T positions, N = B·T tokens, D model width, E experts of t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from twohop.models.experts import ExpertPass, Experts
 from twohop.models.feed_forward import FeedForward
 from twohop.models.quantize import QuantizedExperts
 from twohop.models.routers import Routing, TokenInfo, build_router
+from twohop.models.shadows import Shadows
 
 
 class MoEStats(NamedTuple):
@@ -49,6 +50,7 @@ class MoELayer(nn.Module):
         self.router = build_router(moe.router, config.dim, dispatcher.num_experts, config.vocab_size, config.num_tasks)
         self.capacity = Capacity(moe, dispatcher.num_experts)
         self.slots_E: Tensor | None = None  # int64, where each expert lives among all; None: in the order of numbers
+        self.shadows: Shadows | None = None
         self.observe: Callable[[Tensor], None] | None = None  # sees the experts [N, K] of each micro-batch in training
         self.cache: AssignmentCache[MoEStats] | None = None
         if moe.cache.enabled:
@@ -58,12 +60,17 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(config.dim, moe.shared_ffn_dim, config.activation) if moe.shared_ffn_dim else None
         self.residual = ResidualBranch(config) if moe.residual is not Residual.none else None
 
+    @property
+    def carrier(self) -> Any:
+        """What brings tokens to their experts: the dispatcher, but for experts with shadows."""
+        return self.shadows or self.dispatcher
+
     def forward(self, x_BTD: Tensor, about: TokenInfo | None = None) -> tuple[Tensor, MoEStats]:
         """[B, T, D] → [B, T, D] and the layer's statistics. Collective over the dispatcher's EP group."""
         x_ND = x_BTD.flatten(0, 1)
         planned, stats = self.plan(x_ND, about or TokenInfo(len(x_BTD)))
         experts = self.experts.begin(x_ND)
-        y_ND, (shared_ND, dense_ND) = self.dispatcher.follow(
+        y_ND, (shared_ND, dense_ND) = self.carrier.follow(
             planned, x_ND, experts, beside=lambda: self._beside(x_ND, experts)
         )
         if shared_ND is not None:
@@ -93,7 +100,7 @@ class MoELayer(nn.Module):
         if self.observe is not None and self.training:
             self.observe(filled.ids_NK)
         ids_NK = self._slots(filled.ids_NK)
-        planned = self.dispatcher.plan(x_ND, ids_NK, filled.weights_NK, self.experts.counts_on_device)
+        planned = self.carrier.plan(x_ND, ids_NK, filled.weights_NK, self.experts.counts_on_device)
         dropped = (filled.ids_NK < 0).sum() - (routing.ids_NK < 0).sum()
         zero = torch.zeros_like(dropped)
         tokens = torch.full_like(dropped, len(routing.weights_NK))

@@ -2,7 +2,7 @@
 
 A layer's tokens are looked at as they are routed. Every few steps a new placement is decided from the last ones, and
 rows of experts go to their new slots, moments and all. Routers, losses and checkpoints know experts by number and see
-nothing of it.
+nothing of it. The experts with the most tokens can have shadows on all ranks (`placement.shadows`).
 """
 
 import time
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twohop.comm import TrafficMeter
 from twohop.comm.move import move_rows
-from twohop.comm.placement import Indices, Quality, Sample, place, quality
+from twohop.comm.placement import Indices, Quality, Sample, hottest, place, quality
 from twohop.comm.wire import format_of
 from twohop.comm.wiring import Direction
 from twohop.models.moe import MoELayer
+from twohop.models.shadows import Shadows
 from twohop.trainer.config import Config
 from twohop.trainer.engines import Engine
 from twohop.trainer.engines.ddp import DdpEngine
@@ -29,13 +31,13 @@ WORTH_IT = 0.01  # a move must make what it is for better by this part
 class Placement:
     """The experts of one model. Every rank of the world must call `after_step`, after the same steps."""
 
-    def __init__(self, engine: Engine, config: Config) -> None:
-        self.engine, self.config = engine, config.placement
+    def __init__(self, engine: Engine, config: Config, meter: TrafficMeter | None = None) -> None:
+        self.engine, self.config, self.meter = engine, config.placement, meter
         self.by_node = config.comm.dispatcher in ("dedup", "auto")
         formats = [format_of(config.comm.wire, direction, crosses_nodes=True) for direction in Direction]
         self.row_bytes = sum(wire.row_bytes(config.model.dim, torch.float32) for wire in formats)
         self._seen: dict[str, Tensor] = {}  # layer -> ids [T, K], the newest first
-        if self.config.name != "contiguous":
+        if self.config.follows_load:
             for name, layer in engine.model.moe_layers():
                 layer.observe = partial(self._observe, name)
 
@@ -46,8 +48,9 @@ class Placement:
     def after_step(self, done: int) -> dict[str, Any] | None:
         """Decide and move, if it is time after `done` steps; returns a record for metrics.jsonl, and rank 0 tells.
 
-        Of each layer the record has how many experts moved, and before and after: rows that a token sends between
-        nodes, their bytes forward and backward, and the load of the fullest rank ÷ mean, all as of the sample.
+        Of each layer the record has how many experts moved, which have shadows, and before and after: rows that a
+        token sends between nodes, their bytes forward and backward, and the load of the fullest rank ÷ mean, all as
+        of the sample.
 
         Raises CommError if a rank died or did not answer.
         """
@@ -65,29 +68,41 @@ class Placement:
             ]
         record, rows = {}, gather_objects(decided)[0]
         assert rows is not None
-        for (name, layer), (slots_E, before, after) in zip(layers.items(), rows, strict=True):
+        changed = False
+        for (name, layer), (slots_E, shadowed, before, after) in zip(layers.items(), rows, strict=True):
             moved = int((slots_E != _slots(layer)).sum())
             if moved:
                 self._move(layer, torch.from_numpy(slots_E))
-            record[name] = {"moved": moved, "before": self._entry(before), "after": self._entry(after)}
+            if moved or shadowed != _shadowed(layer):
+                changed = True
+                slots = sorted(slots_E[shadowed].tolist())
+                layer.shadows = Shadows(slots, layer.dispatcher, self.meter) if slots else None
+            entries = {"before": self._entry(before), "after": self._entry(after)}
+            record[name] = {"moved": moved, "shadowed": shadowed, **entries}
         self._seen.clear()
         seconds = time.perf_counter() - started
-        if any(entry["moved"] for entry in record.values()):
+        if changed:
             say(f"step {done}: {_in_words(record)}, in {seconds:.2f} s")
         return {"layers": record, "seconds": seconds}
 
-    def _decide(self, layer: MoELayer, seen: list[tuple[int, np.ndarray]]) -> tuple[Indices, Quality, Quality]:
-        """The slots, which are as they were unless others are better, and what both mean for the sample."""
+    def _decide(
+        self, layer: MoELayer, seen: list[tuple[int, np.ndarray]]
+    ) -> tuple[Indices, list[int], Quality, Quality]:
+        """Slots and shadowed experts, as they were unless others are better, and what both mean for the sample."""
         ids_TK = np.concatenate([ids for _, ids in seen]).astype(np.int64)
         node_T = np.concatenate([np.full(len(ids), node) for node, ids in seen])
         sample = Sample(ids_TK, node_T, layer.dispatcher.num_experts)
-        block, now_E = _block(layer), _slots(layer)
-        slots_E = place(self.config.name, sample.load(), sample.together(), block)
-        before, after = (quality(sample, slots, block, self.by_node) for slots in (now_E, slots_E))
+        block, now_E, shadowed_now = _block(layer), _slots(layer), _shadowed(layer)
+        load_E, together_EE = sample.load(), sample.together()
+        shadowed = hottest(load_E, self.config.shadows)
+        load_E[shadowed] = together_EE[shadowed] = together_EE[:, shadowed] = 0
+        slots_E = place(self.config.name, load_E, together_EE, block)
+        before = quality(sample, now_E, block, self.by_node, shadowed_now)
+        after = quality(sample, slots_E, block, self.by_node, shadowed)
         key = "crossing_rows" if self.config.name == "affinity" and block[0] > 1 else "rank_load"
         if getattr(after, key) > (1 - WORTH_IT) * getattr(before, key):
-            return now_E, before, before
-        return slots_E, before, after
+            return now_E, shadowed_now, before, before
+        return slots_E, shadowed, before, after
 
     @torch.no_grad()
     def _move(self, layer: MoELayer, slots_E: Tensor) -> None:
@@ -112,6 +127,14 @@ def _slots(layer: MoELayer) -> Indices:
     return slots_E
 
 
+def _shadowed(layer: MoELayer) -> list[int]:
+    """Numbers of the experts, ascending."""
+    if layer.shadows is None:
+        return []
+    expert_of_slot = np.argsort(_slots(layer))
+    return sorted(expert_of_slot[list(layer.shadows.slots)].tolist())
+
+
 def _block(layer: MoELayer) -> tuple[int, int]:
     """(nodes, ranks of each) of the layer's EP group."""
     *outer, local = layer.dispatcher.topology.block
@@ -129,7 +152,9 @@ def _in_words(record: dict[str, Any]) -> str:
         for when in ("before", "after")
     }
     (rows, load), (later_rows, later_load) = means["before"], means["after"]
+    shadowed = sum(len(entry["shadowed"]) for entry in record.values())
+    shadows = f", {shadowed} shadowed" if shadowed else ""
     return (
-        f"{moved} experts moved; a token sends {rows:.2f} → {later_rows:.2f} rows between nodes, "
+        f"{moved} experts moved{shadows}; a token sends {rows:.2f} → {later_rows:.2f} rows between nodes, "
         f"the fullest rank has {load:.2f} → {later_load:.2f} of the mean load"
     )

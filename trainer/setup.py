@@ -153,7 +153,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
         compile_regions(model)
     recompute_activations(model, config.train.recompute)
     engine = build_engine(model, config)
-    placement = Placement(engine, config)
+    placement = Placement(engine, config, meter)
     return Run(
         config, directory, device, topology, data, engine, Objective(teacher), checkpoints, meter, clock, placement
     )

@@ -70,6 +70,7 @@ def main() -> int:
     load = [os.getloadavg()[0]]
     seen, unseen = ([p for s in settings for p in measure(s, options.repeats)] for settings in (FIT, HELD_OUT))
     load.append(os.getloadavg()[0])
+    print("measured; the fit takes a minute", file=sys.stderr)
     values = fit(seen)
     print(f"load average before and after: {load[0]:.1f}, {load[1]:.1f}")
     print(", ".join(f"{name} {value:.3g}" for name, value in zip(FITTED, values, strict=True)))

@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -90,11 +90,11 @@ def sides() -> list[Side]:
 
 def main() -> None:
     args = parse_arguments()
-    result = compare(args)
-    print(as_markdown(result))
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, result)
+    for result in compare(args):
+        print(as_markdown(result), flush=True)
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, result)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,8 +117,8 @@ def parse_arguments() -> argparse.Namespace:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Give every side its turns."""
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Give every side its turns; after each round, what is known so far."""
     overrides = [*CASES[args.case], *COMMON, f"train.steps={args.steps}", *args.overrides]
     contenders, skipped = [side for side in sides() if any(text in side.name for text in args.only or [""])], {}
     configs = {side.name: compose([*overrides, *side.overrides], *side.layout) for side in contenders}
@@ -132,7 +132,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     kept = 1.0
     floors: dict[tuple[int, int], list[float]] = {side.layout: [] for side in contenders}
     phases: dict[str, dict[str, float]] = {}
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
         for side in contenders:
             with tempfile.TemporaryDirectory(prefix="twohop-bench-") as folder:
                 told = side.options | {"expected": expected, "tolerances": tolerances(side, configs[side.name])}
@@ -149,28 +149,28 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(prefix="twohop-bench-") as folder:
                 told = {"kept": kept, "repeats": args.steps - args.skip}
                 seconds += turn("floor", compose(overrides, *layout), Path(folder), told)["seconds"]
-    return {
-        "case": args.case,
-        "overrides": overrides,
-        "machine": machine(),
-        "rounds": args.rounds,
-        "timed_steps": args.steps - args.skip,
-        "first_losses": expected,
-        "kept": kept,
-        "tokens": train.global_batch * train.seq_len,
-        "floor_s": {in_words(layout): statistics.median(seconds) for layout, seconds in floors.items()},
-        "sides": {
-            side.name: {
-                "layout": in_words(side.layout),
-                "step_s": statistics.median(side.step_s),
-                "all_step_s": side.step_s,
-                "memory": side.memory,
-            }
-            for side in contenders
-        },
-        "phases": phases,
-        "skipped": skipped,
-    }
+        yield {
+            "case": args.case,
+            "overrides": overrides,
+            "machine": machine(),
+            "rounds": number + 1,
+            "timed_steps": args.steps - args.skip,
+            "first_losses": expected,
+            "kept": kept,
+            "tokens": train.global_batch * train.seq_len,
+            "floor_s": {in_words(layout): statistics.median(seconds) for layout, seconds in floors.items()},
+            "sides": {
+                side.name: {
+                    "layout": in_words(side.layout),
+                    "step_s": statistics.median(side.step_s),
+                    "all_step_s": side.step_s,
+                    "memory": side.memory,
+                }
+                for side in contenders
+            },
+            "phases": phases,
+            "skipped": skipped,
+        }
 
 
 def compose(overrides: Sequence[str], processes: int, threads: int) -> Config:

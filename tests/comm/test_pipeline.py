@@ -55,10 +55,12 @@ def events_on_this_rank(case: list[Any], name: str, chunks: int) -> dict[str, An
 
     def experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
         events.append("experts")
-        return rows_RD * 2
+        expert_rows_RD = rows_RD * 2
+        expert_rows_RD.register_hook(lambda _: events.append("experts backward"))  # before it
+        return expert_rows_RD
 
     x_ND, ids_NK, weights_NK, grad_ND = case[topology.rank]
-    x_ND = x_ND.requires_grad_()
+    x_ND, weights_NK = x_ND.requires_grad_(), weights_NK.requires_grad_()
     Channel.start, Pending.wait = noted_start, noted_wait  # type: ignore[method-assign]
     try:
         y_ND, beside = dispatcher.run(x_ND, ids_NK, weights_NK, experts, lambda: events.append("beside") or "done")
@@ -92,3 +94,7 @@ def test_order_of_events(name: str) -> None:
             moves = [e for e in backward if "metadata" not in e]
             assert moves[:chunks] == ["start combine backward"] * chunks
             assert moves[-chunks:] == ["wait dispatch backward"] * chunks
+            # Gradients of weights set out before the last experts, those of the first chunk; the last wait is theirs.
+            experts_of_first = max(i for i, e in enumerate(backward) if e == "experts backward")
+            assert backward.index("start metadata backward") < experts_of_first
+            assert backward[-1] == "wait metadata backward"

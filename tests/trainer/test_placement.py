@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_distributed
-from tests.tiny import tiny_config, write_corpus
+from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.trainer.config import PlacementConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import start_weights
@@ -16,13 +16,12 @@ from twohop.trainer.loop import train_step
 from twohop.trainer.setup import set_up
 from twohop.trainer.validate.groups import validate
 
+LOOKS = ("placement.every=2", "placement.sample=100")
 
-def few_steps(directory: Path, placement: str, top_k: int) -> dict[str, Any]:
+
+def few_steps(directory: Path, top_k: int, *overrides: str) -> dict[str, Any]:
     """5 steps, with a look at the load after each second one; what they measured, and what a checkpoint would hold."""
-    extra = [] if placement == "contiguous" else ["placement.every=2", "placement.sample=100"]
-    config = tiny_config(
-        directory, "comm.ranks_per_node=2", f"placement.name={placement}", f"model.moe.router.top_k={top_k}", *extra
-    )
+    config = tiny_config(directory, "comm.ranks_per_node=2", f"model.moe.router.top_k={top_k}", *overrides)
     run = set_up(config, directory, torch.device("cpu"))
     start_weights(run)
     steps, norms, moves = [], [], []
@@ -39,6 +38,7 @@ def few_steps(directory: Path, placement: str, top_k: int) -> dict[str, Any]:
         "norms": norms,
         "moves": moves,
         "state": {name: tensor.clone() for name, tensor in state.items()},
+        "shadowed": [bool(layer.shadows) for layer in layers],
         "slots": [None if layer.slots_E is None else layer.slots_E.tolist() for layer in layers],
     }
 
@@ -47,7 +47,8 @@ def still_and_moving(directory: Path, placement: str, top_k: int) -> tuple[list,
     """What all ranks say of a run whose experts stay, and of one whose experts move; what moves must hold."""
     write_corpus(directory)
     still, moving = (
-        run_distributed(few_steps, 4, directory, name, top_k, timeout=180) for name in ("contiguous", placement)
+        run_distributed(few_steps, 4, directory, top_k, *overrides, timeout=180)
+        for overrides in ((), (f"placement.name={placement}", *LOOKS))
     )
     assert (still[0]["slots"], still[0]["moves"]) == ([None, None], [])
     assert [step for step, _ in moving[0]["moves"]] == [2, 4]
@@ -82,9 +83,34 @@ def test_moves_of_friends_change_rounding_alone(tmp_path: Path) -> None:
                 torch.testing.assert_close(a["state"][name], b["state"][name], rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero-2"])
+def test_shadows_of_the_hottest_experts_change_rounding_alone(tmp_path: Path, engine: str) -> None:
+    """They are computed at home, so that their part of a token's sum is added last."""
+    write_corpus(tmp_path)
+    shadows = ("placement.shadows=1", *LOOKS) + (("placement.name=balanced",) if engine == "ddp" else ())
+    without, shadowed = (
+        run_distributed(few_steps, 4, tmp_path, 2, *ENGINES[engine], *overrides, timeout=180)
+        for overrides in ((), shadows)
+    )
+    assert any(shadowed[0]["shadowed"])
+    (_, first), (_, second) = shadowed[0]["moves"]
+    for name, entry in first.items():
+        better = entry["after"]["rank_load"] < entry["before"]["rank_load"]
+        assert better if entry["shadowed"] else entry["before"] == entry["after"]
+        assert len(entry["shadowed"]) <= 1
+        assert second[name]["before"]["rank_load"] >= 1
+    for a, b in zip(without, shadowed, strict=True):
+        assert a["steps"][:2] == b["steps"][:2]  # there are none yet
+        for (loss, _), (other, _) in zip(a["steps"], b["steps"], strict=True):
+            assert other == pytest.approx(loss, rel=1e-4)
+        assert [*a["state"]] == [*b["state"]]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["placement.shadows=4"], r"placement\.shadows=4 does not go with model\.moe\.experts=.*: a layer has 4"),
+        (["placement.shadows=1", "model.moe.cache.enabled=true", "data.order=batches"], r"placement\.shadows=1 does"),
         (["placement.name=best"], r"placement=best: unknown"),
         (["placement.name=affinity", "model.moe.router.top_k=1"], r"top_k=1: tokens have one expert"),
         (["placement.name=affinity", "engine.name=fsdp"], r"placement=affinity does not go with engine\.name=fsdp"),
@@ -107,6 +133,7 @@ def test_what_cannot_move_is_refused(tmp_path: Path, overrides: list[str], messa
     [
         ({"every": 5}, r"placement\.every=5 has no use with placement=contiguous"),
         ({"sample": 0}, r"placement\.sample=0"),
+        ({"shadows": -1}, r"placement\.shadows=-1"),
     ],
 )
 def test_impossible_values_are_refused(keys: dict[str, int], message: str) -> None:

@@ -113,32 +113,38 @@ def _sides(config: Config) -> dict[str, ModelConfig]:
 
 
 def _check_placement(config: Config) -> None:
-    check_name("placement", config.placement.name, KINDS)
-    if config.placement.name == "contiguous":
-        return
+    placement = config.placement
+    check_name("placement", placement.name, KINDS)
+    moves = placement.name != "contiguous"
+    fewest = min(config.model.experts_by_layer, default=0)
     reasons = {
-        f"model.moe.experts={config.model.moe.experts}": not config.model.experts_by_layer and "there are no experts",
-        f"engine.name={config.engine.name}": config.engine.name != "ddp"
+        f"model.moe.experts={config.model.moe.experts}": placement.follows_load
+        and placement.shadows >= fewest
+        and (f"a layer has {fewest}: use fewer" if fewest else "there are no experts"),
+        f"engine.name={config.engine.name}": moves
+        and config.engine.name != "ddp"
         and "only ddp can move experts with their optimizer state so far: use engine=ddp",
-        "engine.precision=bf16_params": config.engine.precision is Precision.bf16_params
+        "engine.precision=bf16_params": moves
+        and config.engine.precision is Precision.bf16_params
         and "masters of experts cannot be moved so far: use engine.precision=bf16",
     }
     for side, model in _sides(config).items():
         moe = model.moe
         reasons[f"{side}.moe.cache.enabled=true"] = (
-            moe.cache.enabled and "its plans know where experts were: disable it"
+            placement.follows_load and moe.cache.enabled and "its plans know where experts were: disable it"
         )
         reasons[f"{side}.moe.router.top_k=1"] = (
-            config.placement.name == "affinity"
+            placement.name == "affinity"
             and moe.router.top_k == 1
             and "tokens have one expert, and it no friends: use placement=balanced"
         )
         reasons[f"{side}.moe.router.groups={moe.router.groups}"] = (
-            moe.router.groups > 1 and "groups are experts of one node, which must stay together: use groups=1"
+            moves and moe.router.groups > 1 and "groups are experts of one node, which must stay together: use groups=1"
         )
+    chosen = f"placement={placement.name}" if moves else f"placement.shadows={placement.shadows}"
     for key, reason in reasons.items():
         if reason:
-            raise ConfigError(f"placement={config.placement.name} does not go with {key}: {reason}")
+            raise ConfigError(f"{chosen} does not go with {key}: {reason}")
 
 
 def _check_bits(config: Config) -> None:
