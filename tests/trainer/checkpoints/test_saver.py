@@ -3,6 +3,8 @@
 import errno
 import os
 import threading
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,28 @@ def test_a_save_that_fails_in_the_background_ends_training_with_the_reason_on_ev
         assert "step-00000002: rank 1: No space left on device; free some space" in problem
         assert "step-00000001 is whole" in problem
         assert left == ["step-00000001"]
+
+
+def check_what_rank_1_knows_first(directory: Path) -> str:
+    """A save has failed, and rank 0's thread has yet to say so."""
+    run = start(directory, BACKGROUND)
+    saver = Saver(run, "id")
+    saver._pending = Future()
+    fail = partial(saver._pending.set_exception, CheckpointError("the disk is gone"))
+    if rank() == 1:
+        fail()
+    else:
+        threading.Timer(0.5, fail).start()
+    try:
+        saver.check()
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_failure_that_one_rank_knows_of_ends_the_step_of_all(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    assert run_distributed(check_what_rank_1_knows_first, 2, tmp_path, init=False) == ["the disk is gone"] * 2
 
 
 def test_the_end_of_a_run_waits_for_its_last_save(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Activation checkpointing: the same bits as without, less memory, and nothing decided, counted or drawn twice."""
 
+import gc
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
 from twohop.trainer.config import Recompute
 from twohop.trainer.engines import build_engine
 from twohop.trainer.objective import cross_entropy_sum
+from twohop.trainer.transforms import recompute
 from twohop.trainer.transforms.recompute import recompute_activations
 from twohop.trainer.world import rank, sum_over_world
 
@@ -131,6 +134,30 @@ def test_routers_decide_once_and_evaluation_is_left_alone(tmp_path: Path, mode: 
             loss_of(model.eval(), batch(0, 0))
             with torch.no_grad():
                 loss_of(model.train(), batch(0, 0))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Recompute if mode is not Recompute.none])
+def test_a_pass_leaves_nothing_in_memory(tmp_path: Path, mode: Recompute) -> None:
+    """Without the collector of cycles, which comes late: what a pass has kept goes with its graph."""
+    config = tiny_config(tmp_path, *OVERRIDES)
+    model = build_model(config.model)
+    init_weights(model, 0)
+    recompute_activations(model, mode)
+    passes, make = [], recompute._Pass
+
+    def note(*args: Any) -> recompute._Pass:
+        made = make(*args)
+        passes.append(weakref.ref(made))
+        return made
+
+    gc.disable()
+    try:
+        with patch.object(recompute, "_Pass", note):
+            loss_of(model.train(), batch(0, 0))[0].backward()
+        assert passes
+        assert not any(reference() for reference in passes)
+    finally:
+        gc.enable()
 
 
 def test_losses_of_attention_are_not_left_behind_by_a_repetition(tmp_path: Path) -> None:
