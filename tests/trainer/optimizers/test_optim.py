@@ -30,6 +30,19 @@ def test_every_parameter_is_in_the_group_it_belongs_to(tmp_path: Path) -> None:
     assert any(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
 
+def test_experts_are_judged_by_the_shape_of_one(tmp_path: Path) -> None:
+    model, _ = make(tmp_path)
+    (_, layer), *_ = model.moe_layers()
+    bias = torch.nn.Parameter(torch.zeros(4, 16))  # a vector for each of four experts
+    layer.experts.bias = bias
+    (group,) = (
+        group
+        for group in build_optimizer(model, tiny_config(tmp_path).optim).param_groups
+        if any(parameter is bias for parameter in group["params"])
+    )
+    assert group["weight_decay"] == 0
+
+
 def test_the_learning_rate_scales_every_group(tmp_path: Path) -> None:
     _, optimizer = make(tmp_path)
     set_learning_rate(optimizer, 0.5)
