@@ -71,8 +71,10 @@ class CostModel:
             depth = max((depth, *hop.spread))
             copied += 2 * rows[depth] * work.row_bytes
             processor += 2 * (chunks - 1) * self.exchange_s
+            # An exchange has one format: what flat sends inside a node is encoded as what it sends to others.
+            crosses = any(block[axis][0] != "local" for axis in hop.exchange)
+            wire_bytes = work.between_row_bytes if crosses else work.inside_row_bytes
             for name, messages, share in traffic_of_hop(block, hop.exchange):
-                wire_bytes = work.inside_row_bytes if name == "local" else work.between_row_bytes
                 level = self.levels[name]
                 busy[name] += 2 * rows[depth] * share * wire_bytes * level.byte_s
                 busy[name] += 2 * (chunks - 1) * messages * level.message_s

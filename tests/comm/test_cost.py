@@ -60,6 +60,17 @@ def test_bytes_between_nodes_are_the_only_cost() -> None:
         assert model.predict(work(), BLOCK, algorithm, 4) == pytest.approx(2 * 512 * rank * 0.5 * 2048e-9)
 
 
+def test_what_flat_sends_inside_a_node_has_the_format_of_what_leaves_it() -> None:
+    """3 of 8 rows go to the same node: narrow beside others, and as wide as ever where no axis leaves the node."""
+    model = CostModel({"node": FREE, "local": LevelCost(0, 1e-9)}, 0, 0, NO_BASE)
+    narrow = Workload(512, 8, 64, row_bytes=2048, between_row_bytes=1024, inside_row_bytes=2048)
+    rank = distinct_subtrees(narrow, BLOCK)
+    assert model.predict(narrow, BLOCK, "flat", 1) == pytest.approx(2 * 512 * rank * 3 / 8 * 1024e-9)
+    assert model.predict(narrow, BLOCK, "hierarchical", 1) == pytest.approx(2 * 512 * rank * 3 / 4 * 2048e-9)
+    alone = distinct_subtrees(narrow, BLOCK[1:])
+    assert model.predict(narrow, BLOCK[1:], "flat", 1) == pytest.approx(2 * 512 * alone * 3 / 4 * 2048e-9)
+
+
 def test_chunks_hide_the_shorter_resources_and_cost_messages() -> None:
     base = {"flat": 1e-3, "hierarchical": 3e-3, "dedup": 2e-3}
     model = CostModel({"node": LevelCost(1e-4, 1e-8), "local": LevelCost(1e-5, 1e-9)}, 1e-10, 1e-5, base)

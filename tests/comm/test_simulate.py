@@ -17,6 +17,7 @@ from twohop.comm.network import Link, Network
 from twohop.comm.routes import ROUTES
 from twohop.comm.shipment import Shipment
 from twohop.comm.simulate import _Queue, cost_model, simulate
+from twohop.comm.wiring import Wires
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
@@ -33,12 +34,15 @@ def routing(rank: int) -> torch.Tensor:
     return ids_NK.masked_fill(torch.rand(ids_NK.shape, generator=generator) < 0.2, -1)
 
 
+WIRES = Wires.uniform(inside="fp32", between="bf16")
+
+
 def traffic_of_real_run(per_node: int, chunks: int) -> dict[str, Any]:
     """What the meter counts on this rank, forward and backward, for each route."""
     topology, counted = Topology.discover(ranks_per_node=per_node, timeout_s=20), {}
     for route in ROUTES:
         meter = TrafficMeter()
-        dispatcher = build_dispatcher(route, topology, EXPERTS, chunks=chunks, meter=meter)
+        dispatcher = build_dispatcher(route, topology, EXPERTS, chunks=chunks, meter=meter, wires=WIRES)
         ids_NK = routing(topology.rank)
         x_ND = torch.ones(len(ids_NK), DIM, requires_grad=True)
         weights_NK = torch.ones(ids_NK.shape, requires_grad=True)
@@ -51,7 +55,7 @@ def traffic_of_real_run(per_node: int, chunks: int) -> dict[str, Any]:
 def test_sends_exactly_what_a_real_run_sends(ranks: int, per_node: int, chunks: int) -> None:
     counted = run_distributed(traffic_of_real_run, ranks, per_node, chunks)
     row = DIM * 4
-    work = Workload(0, K, EXPERTS, row, row, row)
+    work = Workload(0, K, EXPERTS, row, between_row_bytes=row / 2, inside_row_bytes=row)
     ids = [routing(rank).numpy() for rank in range(ranks)]
     for route in ROUTES:
         shipment = Shipment.exact(ids, EXPERTS, (ranks // per_node, per_node), route, chunks)
