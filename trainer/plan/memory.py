@@ -16,6 +16,7 @@ from twohop.trainer.plan.passes import Array, Passes
 BUCKET = 32 << 20  # of the engines' messages
 NORM_NUMBERS = 4 << 20  # of a gradient that engines look at together
 FLAT_NUMBERS = 500_000_000  # that DeepSpeed without ZeRO sends at once
+ROOT, EXPERTS = -1, "experts"  # the block of what is outside of blocks; the branch of experts
 PLAN_BYTES = 80  # of an assignment: about ten indices, kept for the backward pass
 
 
@@ -130,14 +131,14 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
     block_P = np.array([parameter.block for parameter in parameters])[passes.done_P]  # whose gradient comes next
     arrived_P = np.concatenate([[0.0], np.cumsum([holder.local(p) for p in parameters])])[passes.done_P]
     groups = _gathered_together(holder)
-    root = sum(groups[ROOT])
+    root = sum(groups[ROOT].values())
     sent, shared, waiting = 0.0, 0.0, holder.held if accumulates else 0.0
     outside = 0.0  # numbers that have gradients and belong to no block
     for start, end in _runs(block_P):
         block = int(block_P[start])
-        own = groups[block] if block != ROOT else []
-        following = groups.get(block - 1 if block != ROOT else holder.shape.config.num_layers - 1, [0.0])
-        weights = width * (root + sum(own) + max(following, default=0.0))
+        own = groups[block] if block != ROOT else {}
+        following = groups.get(block - 1 if block != ROOT else holder.shape.config.num_layers - 1, {})
+        weights = width * (root + sum(own.values()) + max(following.values(), default=0.0))
         inside_P = arrived_P[start:end] - arrived_P[start]
         gradients_P = width * (outside + inside_P) + NUMBER * (shared + waiting)
         none_P = np.zeros(end - start)
@@ -147,7 +148,10 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
         if block == ROOT:
             outside += total
             continue
-        largest = max(own, default=0.0)
+        # Experts, which are not cut along their first dimension, are there three times while they are put together.
+        together = width * (root + own.get("", 0.0) + 3 * own.get(EXPERTS, 0.0)) + NUMBER * sent
+        yield float(gradients_P[0]), float(made_P[start]), together
+        largest = max(own.values(), default=0.0)
         message = NUMBER * (sent + largest)  # the last one is kept until the next has been made
         yield float(gradients_P[0]) + width * total, float(made_P[end - 1]), weights - width * largest + message
         sent, shared = largest, shared + sum(map(holder.share, of_run))
@@ -156,27 +160,21 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
     yield NUMBER * holder.shared, 0.0, _copy_for_norm(holder)
 
 
-ROOT = -1  # number of the block of what is outside of blocks
-
-
-def _gathered_together(holder: Holder) -> dict[int, list[float]]:
-    """Numbers of each group of parameters that FSDP gathers at once, by block."""
-    sizes: dict[tuple[int, str], float] = {}
+def _gathered_together(holder: Holder) -> dict[int, dict[str, float]]:
+    """Numbers of each group of parameters that FSDP gathers at once, by block and by branch of its MoE layer."""
+    groups: dict[int, dict[str, float]] = {}
     whole = [holder.world // ep == 1 for ep in holder.ep_sizes]  # these layers' experts are nobody else's
     layer_of = {p.block: p.layer for p in holder.shape.parameters.values() if p.layer >= 0}
     for parameter in holder.shape.parameters.values():
         if parameter.layer >= 0:
             if whole[parameter.layer]:
                 continue
-            branch = "experts"
+            branch = EXPERTS
         else:
             apart = parameter.branch and not whole[layer_of[parameter.block]]
             branch = parameter.branch if apart else ""
-        key = (parameter.block, branch)
-        sizes[key] = sizes.get(key, 0.0) + holder.local(parameter)
-    groups: dict[int, list[float]] = {}
-    for (block, _), size in sizes.items():
-        groups.setdefault(block, []).append(size)
+        of_block = groups.setdefault(parameter.block, {})
+        of_block[branch] = of_block.get(branch, 0.0) + holder.local(parameter)
     return groups
 
 
