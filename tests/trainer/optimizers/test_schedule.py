@@ -41,3 +41,9 @@ def test_edges(shape: DecayShape) -> None:
 def test_wsd_without_decay_stays_at_the_peak() -> None:
     config = ScheduleConfig(DecayShape.wsd, warmup_steps=0, decay_fraction=0.0)
     assert {lr_factor(step, 10, config) for step in range(10)} == {1.0}
+
+
+def test_wsd_does_not_decay_before_the_warm_up_is_over() -> None:
+    config = ScheduleConfig(shape=DecayShape.wsd, warmup_steps=6, decay_fraction=0.5, final_fraction=0.0)
+    factors = [lr_factor(step, 10, config) for step in range(10)]
+    assert factors[5:] == pytest.approx([1, 0.75, 0.5, 0.25, 0])  # four steps are left for the decay, not five
