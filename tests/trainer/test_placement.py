@@ -9,10 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_distributed
 from tests.tiny import ENGINES, tiny_config, write_corpus
+from twohop.models import build_model
 from twohop.trainer.config import PlacementConfig
+from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train_step
+from twohop.trainer.placement import Placement
 from twohop.trainer.setup import set_up
 from twohop.trainer.validate.groups import validate
 
@@ -104,6 +107,25 @@ def test_shadows_of_the_hottest_experts_change_rounding_alone(tmp_path: Path, en
         for (loss, _), (other, _) in zip(a["steps"], b["steps"], strict=True):
             assert other == pytest.approx(loss, rel=1e-4)
         assert [*a["state"]] == [*b["state"]]
+
+
+def test_the_newest_tokens_are_looked_at_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twohop.trainer.placement.world_size", lambda: 2)
+    settings = ["model.vocab_size=32", "placement.name=balanced", "placement.every=2", "placement.sample=7"]
+    config = tiny_config(tmp_path, *settings, "comm.wire.dispatch.between=bf16")
+    model = build_model(config.model)
+    placement = Placement(build_engine(model, config), config)
+    (name, layer), *_ = model.moe_layers()
+    ids_NK = torch.arange(3 * 2).view(3, 2) % 4
+    for later in (0, 1):
+        assert layer.observe is not None
+        layer.observe((ids_NK + later) % 4)
+    assert torch.equal(placement._seen[name], torch.cat([(ids_NK + 1) % 4, ids_NK[:1]]))  # half of seven, rounded up
+    record = placement.after_step(2)
+    assert record is not None
+    assert list(record["layers"]) == [name]
+    assert placement._seen == {}
+    assert placement.row_bytes == (4 + 4 + 4 + 2) * config.model.dim
 
 
 @pytest.mark.parametrize(
