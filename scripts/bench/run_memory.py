@@ -72,12 +72,12 @@ def cases(engines: list[str], precisions: list[str]) -> Iterator[Case]:
             continue
         yield Case(engine, precision, ep, 1, *many)
         yield Case(engine, precision, ep, 2, *few)
-    mixed = layouts[-1]
+    mixed, precision = layouts[-1], "bf16" if "bf16" in precisions else precisions[0]
     for engine in engines:
         for mode in list(Recompute)[1:]:
-            yield Case(engine, precisions[-1], mixed, 1, *many, recompute=mode.value)
+            yield Case(engine, precision, mixed, 1, *many, recompute=mode.value)
         if engine in ("ddp", "zero0"):
-            yield Case(engine, precisions[-1], mixed, 1, *few, optimizer="muon")
+            yield Case(engine, precision, mixed, 1, *few, optimizer="muon")
 
 
 def config_of(case: Case, folder: Path, world: int, ranks_per_node: int | None) -> Config:

@@ -85,7 +85,7 @@ def _whole(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> 
         gradients, made, buffer = _sums(holder, whole)
         yield gradients, made, max(buffer, _copy_for_norm(holder))
     else:  # DeepSpeed's bucket takes gradients, sends them as one more copy, and keeps this rank's share
-        taken, copied = min(BUCKET, whole), min(BUCKET, NUMBER * max(_replicated_alike(holder).values()))
+        taken, copied = min(BUCKET, whole), min(BUCKET, NUMBER * max(map(sum, _replicated_alike(holder).values())))
         if engine == "zero1":  # makes all gradients before the last backward pass
             yield _most(none_P + whole, made_P, none_P + BUCKET)
             yield whole - taken + share, 0.0, BUCKET + copied
@@ -99,15 +99,14 @@ def _whole(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> 
 
 def _sums(holder: Holder, whole: float) -> Moment:
     """Gradients of all replicas are added up."""
-    parameters = [p for p in holder.shape.parameters.values() if holder.replicas(p) > 1]
-    width = WIDTHS[holder.precision][1]
+    groups = _replicated_alike(holder)
     if holder.engine == "zero0":
-        return whole, 0.0, NUMBER * min(FLAT_NUMBERS, max(_replicated_alike(holder).values()))
-    largest = max((width * holder.local(parameter) for parameter in parameters), default=0.0)
-    bucket = max(largest, min(BUCKET, sum(width * holder.local(parameter) for parameter in parameters)))
-    if holder.precision is Precision.bf16_params:  # masters get fp32 gradients, bucket by bucket
-        whole = NUMBER * holder.held
-    return whole, 0.0, bucket
+        return whole, 0.0, NUMBER * min(FLAT_NUMBERS, max(map(sum, groups.values())))
+    width = WIDTHS[holder.precision][1]
+    sent = [numbers for ep_size, numbers in groups.items() if holder.world > max(1, ep_size)]
+    bucket = max((width * max(min(BUCKET // width, sum(numbers)), *numbers) for numbers in sent), default=0.0)
+    # Masters get fp32 gradients, while one bucket still holds those in bf16.
+    return (NUMBER * holder.held if holder.precision is Precision.bf16_params else whole), 0.0, bucket
 
 
 def _copy_for_norm(holder: Holder) -> float:
@@ -115,12 +114,12 @@ def _copy_for_norm(holder: Holder) -> float:
     return 2 * NUMBER * min(NORM_NUMBERS, max(map(holder.share, holder.shape.parameters.values())))
 
 
-def _replicated_alike(holder: Holder) -> dict[int, float]:
-    """Numbers of dense parameters (key 0), and of all experts of each EP size."""
-    numbers: dict[int, float] = {}
+def _replicated_alike(holder: Holder) -> dict[int, list[float]]:
+    """Numbers of each dense parameter (key 0), and of the experts' parameters of each EP size."""
+    numbers: dict[int, list[float]] = {}
     for parameter in holder.shape.parameters.values():
         key = holder.ep_sizes[parameter.layer] if parameter.layer >= 0 else 0
-        numbers[key] = numbers.get(key, 0.0) + holder.local(parameter)
+        numbers.setdefault(key, []).append(holder.local(parameter))
     return numbers
 
 
