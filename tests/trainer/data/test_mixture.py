@@ -98,6 +98,13 @@ def test_a_batch_holds_the_samples_that_were_asked_for(data: st.DataObject) -> N
         joined.batch([14])
 
 
+def test_samples_of_a_part_stand_in_the_middle_of_what_is_due_to_them() -> None:
+    joined = Joined([windows(0, 6), windows(1000, 2)], [3.0, 1.0])
+    groups_B = joined.batch(range(8)).group_B
+    assert groups_B is not None
+    assert groups_B.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
 def test_validation_begins_with_the_shares_of_the_weights_and_has_every_sample_once() -> None:
     joined = Joined([windows(0, 90), windows(1000, 90)], [2.0, 1.0])
     batch = joined.batch(range(180))

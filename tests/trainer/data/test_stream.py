@@ -125,6 +125,21 @@ def test_shuffling_moves_windows_within_their_block_alone(tmp_path: Path, folder
     assert len({tuple(order) for order in [*orders, list(range(16))]}) == 5
 
 
+class Numbered:
+    """A lane whose windows are their own numbers, 16 of them in a block."""
+
+    def block(self, number: int) -> np.ndarray:
+        return np.arange(16 * number, 16 * (number + 1))[:, None].repeat(SEQ + 1, 1)
+
+
+def test_lanes_are_shuffled_in_different_ways() -> None:
+    stream = StreamWindows(lambda lane, block: Numbered(), 2, SEQ, 8, 16)  # type: ignore[arg-type, return-value]
+    numbers_N = stream.batch(range(32)).targets[:, 0].view(4, 2, 4)  # batches, lanes, windows of each
+    first, second = (numbers_N[:, lane].flatten().tolist() for lane in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(16))
+    assert first != second
+
+
 def test_bookmarks_stay_few() -> None:
     kept: list[int] = []
     for newest in range(5000):
