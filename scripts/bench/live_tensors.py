@@ -24,8 +24,8 @@ class LiveTensors:
         with record_function(MARK + part):
             self.named.append((part, {_local(tensor).untyped_storage().data_ptr() for tensor in tensors}))
 
-    def peak(self, since: int = 0) -> dict[str, int]:
-        """Bytes by part, those of none under "rest", when most was alive after mark `since`."""
+    def peak(self, since: int, until: int) -> dict[str, int]:
+        """Bytes by part, those of none under "rest", when most was alive between the marks `since` and `until`."""
         part_of = self._parts()
         alive: dict[int, tuple[int, str]] = {}
         now: dict[str, int] = dict.fromkeys([part for part, _ in self.named], 0) | {"rest": 0}
@@ -38,7 +38,7 @@ class LiveTensors:
                 part = part_of.get(index, "rest")
                 alive[address] = size, part
                 now[part] += size
-                if moment >= self.marks[since] and sum(now.values()) > sum(most.values()):
+                if self.marks[since] <= moment <= self.marks[until] and sum(now.values()) > sum(most.values()):
                     most = dict(now)
         return most
 
