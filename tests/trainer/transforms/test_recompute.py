@@ -154,6 +154,7 @@ def test_a_pass_leaves_nothing_in_memory(tmp_path: Path, mode: Recompute) -> Non
     try:
         with patch.object(recompute, "_Pass", note):
             loss_of(model.train(), batch(0, 0))[0].backward()
+            loss_of(model.train(), batch(0, 0))  # one that is given up
         assert passes
         assert not any(reference() for reference in passes)
     finally:
