@@ -35,7 +35,9 @@ def test_memory_of_runs_is_as_planned(tmp_path: Path) -> None:
 
 def test_passes_are_those_of_a_real_run(tmp_path: Path) -> None:
     """In one process nothing is sent and no load is unequal, so what is left is rounding."""
-    cases = [bench.Case("ddp", "bf16", (1, 1), 1, 2, 256, recompute=mode.value) for mode in Recompute]
+    cases = [
+        bench.Case("ddp", "bf16", (1, 1), 1, 2, 256, recompute=mode.value) for mode in (Recompute.none, Recompute.full)
+    ]
     cases.append(bench.Case("ddp", "bf16_params", (1, 1), 1, 2, 256))
     for result in run_distributed(of_ranks, 1, cases, tmp_path, timeout=300)[0]:
         assert abs(result["error"]) < 0.01, bench.row(result)
