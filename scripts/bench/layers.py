@@ -20,6 +20,7 @@ from twohop.comm import Topology, build_dispatcher
 from twohop.models.config import Activation, ModelConfig, MoEConfig, RouterConfig
 from twohop.models.feed_forward import activate, up_width
 from twohop.models.moe import MoELayer
+from twohop.models.shadows import Shadows
 
 
 class Sizes(NamedTuple):
@@ -94,6 +95,15 @@ def our_layer(
         for parameter, local in zip((layer.experts.up, layer.experts.down), weights.local(topology), strict=True):
             parameter.copy_(local)
     return Layer(layer, lambda x_ND: layer(x_ND.unsqueeze(0))[0].squeeze(0))
+
+
+def layer_with_shadow(topology: Topology, weights: Weights, sizes: Sizes) -> Layer:
+    """Ours, with a shadow of expert 0 on every rank. Raises NotImplementedError where one rank has all experts."""
+    if topology.ep_size == 1:
+        raise NotImplementedError("one rank has all experts")
+    layer = our_layer(topology, weights, sizes)
+    layer.module.shadows = Shadows((0,), layer.module.dispatcher)
+    return layer
 
 
 def deepspeed_layer(topology: Topology, weights: Weights, sizes: Sizes) -> Layer:

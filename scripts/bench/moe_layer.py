@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import in_turn, machine, slowest, write_json
-from layers import Layer, Sizes, Weights, dense_layer, our_layer, output_and_gradient
+from layers import Layer, Sizes, Weights, dense_layer, layer_with_shadow, our_layer, output_and_gradient
 from peers import PEERS, Peer
 from rich.console import Console
 from rich.table import Table
@@ -72,6 +72,7 @@ OURS = {
     "twohop": Peer(our_layer, Activation.gelu),
     "twohop, SwiGLU": Peer(our_layer, Activation.swiglu),
 }
+SHADOW = {"twohop, expert 0 everywhere": Peer(layer_with_shadow, Activation.gelu)}  # the one that S makes hot
 
 
 class Job(NamedTuple):
@@ -85,7 +86,7 @@ class Job(NamedTuple):
 
 def main() -> int:
     args = parse_arguments()
-    console, names = Console(width=150), tuple(OURS) + (tuple(PEERS) if args.peers else ())
+    console, names = Console(width=150), (*OURS, *(SHADOW if args.shadow else ()), *(PEERS if args.peers else ()))
     names = tuple(name for name in names if not args.only or any(part in name for part in args.only))
     results: list[dict[str, Any]] = []
     job = Job({name: SHAPES[name] for name in args.shapes}, names, args.rounds, args.budget)
@@ -206,7 +207,7 @@ def weights_of(shape: Shape, activation: Activation, ranks: int) -> Weights:
 
 def build(name: str, topology: Topology, shape: Shape, data: Data) -> tuple[Layer, Activation]:
     """The layer, once it has been seen to give the reference's output and gradient. Collective."""
-    peer = (OURS | PEERS)[name]
+    peer = (OURS | SHADOW | PEERS)[name]
     sizes = shape.sizes(peer.activation)
     weights = weights_of(shape, peer.activation, topology.ep_size)
     layer = peer.build(topology, weights, sizes)
@@ -319,6 +320,7 @@ def memory_table(memory: dict[str, int | str]) -> Table:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="measure other systems in turn with ours")
+    parser.add_argument("--shadow", action="store_true", help="measure ours with a shadow of the hot expert as well")
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     parser.add_argument("--only", nargs="+", metavar="PART", help="only layers whose name has one of these parts")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES], metavar="SHAPE")

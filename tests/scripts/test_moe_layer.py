@@ -19,7 +19,14 @@ import peers
 import sweep
 
 TINY = moe_layer.Shape(tokens=24, dim=16, ffn_dim=32, num_experts=4, k=2)
-PAIR = ("twohop", "twohop, SwiGLU", "textbook", "textbook, SwiGLU", "transformers, eager")
+PAIR = (
+    "twohop",
+    "twohop, SwiGLU",
+    "twohop, expert 0 everywhere",
+    "textbook",
+    "textbook, SwiGLU",
+    "transformers, eager",
+)
 
 
 def timed() -> list[dict[str, object]]:
