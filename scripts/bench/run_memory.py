@@ -202,11 +202,11 @@ def main() -> None:
         results.append(compared(case, Path(names[0]), ranks_per_node=2))
         if leader:
             print(row(results[-1]), flush=True)
-    if leader:
-        print(f"largest error: {max(abs(result['error']) for result in results):.1%} of {len(results)} runs")
-        if options.json is not None:
+        if leader and options.json is not None:  # what is known so far
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.json, {"cases": results})
+    if leader:
+        print(f"largest error: {max(abs(result['error']) for result in results):.1%} of {len(results)} runs")
     dist.barrier()
     dist.destroy_process_group()
 
