@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed import run_distributed
 from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.models import build_model
+from twohop.models.moe import MoELayer
 from twohop.trainer.config import PlacementConfig
 from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
@@ -41,9 +42,15 @@ def few_steps(directory: Path, top_k: int, *overrides: str) -> dict[str, Any]:
         "norms": norms,
         "moves": moves,
         "state": {name: tensor.clone() for name, tensor in state.items()},
-        "shadowed": [bool(layer.shadows) for layer in layers],
+        "shadowed": [_experts_with_shadows(layer) for layer in layers],
         "slots": [None if layer.slots_E is None else layer.slots_E.tolist() for layer in layers],
     }
+
+
+def _experts_with_shadows(layer: MoELayer) -> list[int]:
+    slots = range(layer.dispatcher.num_experts) if layer.slots_E is None else layer.slots_E.tolist()
+    shadows = layer.shadows.slots if layer.shadows else ()
+    return [expert for expert, slot in enumerate(slots) if slot in shadows]
 
 
 def still_and_moving(directory: Path, placement: str, top_k: int) -> tuple[list, list]:
@@ -97,6 +104,7 @@ def test_shadows_of_the_hottest_experts_change_rounding_alone(tmp_path: Path, en
     )
     assert any(shadowed[0]["shadowed"])
     (_, first), (_, second) = shadowed[0]["moves"]
+    assert [entry["shadowed"] for entry in second.values()] == shadowed[0]["shadowed"]
     for name, entry in first.items():
         better = entry["after"]["rank_load"] < entry["before"]["rank_load"]
         assert better if entry["shadowed"] else entry["before"] == entry["after"]
