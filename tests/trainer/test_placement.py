@@ -1,8 +1,10 @@
 """Experts that move: nothing changes but where rows travel."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -97,19 +99,20 @@ def test_moves_of_friends_change_rounding_alone(tmp_path: Path) -> None:
 def test_shadows_of_the_hottest_experts_change_rounding_alone(tmp_path: Path, engine: str) -> None:
     """They are computed at home, so that their part of a token's sum is added last."""
     write_corpus(tmp_path)
-    shadows = ("placement.shadows=1", *LOOKS) + (("placement.name=balanced",) if engine == "ddp" else ())
+    shadows = ["placement.shadows=1", *LOOKS]
+    if engine == "ddp":
+        shadows += ["placement.name=balanced", "train.recompute=full"]
     without, shadowed = (
-        run_distributed(few_steps, 4, tmp_path, 2, *ENGINES[engine], *overrides, timeout=180)
+        run_distributed(few_steps, 4, tmp_path, 2, "comm.chunks=2", *ENGINES[engine], *overrides, timeout=180)
         for overrides in ((), shadows)
     )
     assert any(shadowed[0]["shadowed"])
     (_, first), (_, second) = shadowed[0]["moves"]
     assert [entry["shadowed"] for entry in second.values()] == shadowed[0]["shadowed"]
-    for name, entry in first.items():
+    for entry in first.values():
         better = entry["after"]["rank_load"] < entry["before"]["rank_load"]
         assert better if entry["shadowed"] else entry["before"] == entry["after"]
         assert len(entry["shadowed"]) <= 1
-        assert second[name]["before"]["rank_load"] >= 1
     for a, b in zip(without, shadowed, strict=True):
         assert a["steps"][:2] == b["steps"][:2]  # there are none yet
         for (loss, _), (other, _) in zip(a["steps"], b["steps"], strict=True):
@@ -134,6 +137,18 @@ def test_the_newest_tokens_are_looked_at_and_each_once(tmp_path: Path, monkeypat
     assert list(record["layers"]) == [name]
     assert placement._seen == {}
     assert placement.row_bytes == (4 + 4 + 4 + 2) * config.model.dim
+
+
+def test_what_has_shadows_counts_nothing_for_where_the_others_go(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", "placement.shadows=1")
+    placement = Placement(build_engine(build_model(config.model), config), config)
+    dispatcher = SimpleNamespace(num_experts=4, topology=SimpleNamespace(block=(1, 2)))
+    layer: Any = SimpleNamespace(dispatcher=dispatcher, slots_E=None, shadows=None)
+    ids_TK = np.repeat([0, 1, 2, 3], [10, 4, 3, 3])[:, None]
+    slots_E, shadowed, before, after = placement._decide(layer, [(0, ids_TK)])
+    assert (slots_E.tolist(), shadowed) == ([0, 1, 2, 3], [0])
+    assert before.rank_load == 14 / 10
+    assert after.rank_load == (10 / 2 + 6) / 10  # by the load of expert 0 as well, 3 would go to it, and the rest be 7
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ class PlacementConfig:
             value = getattr(self, key)
             require(
                 self.follows_load or value == getattr(PlacementConfig, key),
-                f"placement.{key}={value} has no use with placement=contiguous: add placement=affinity or leave it out",
+                f"placement.{key}={value} has no use with placement=contiguous and without shadows: add "
+                "placement=affinity or placement.shadows=1, or leave it out",
             )
 
     @property
