@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from twohop.comm.topology import Topology
 
@@ -13,7 +14,8 @@ def move_rows(local: Tensor, before_E: Tensor, after_E: Tensor, topology: Topolo
     Every rank of the EP group must call this, with the same slots.
 
     Args:
-        local: [E / ranks of the group, ...], the rows in this rank's slots; not changed.
+        local: [E / ranks of the group, ...], the rows in this rank's slots; not changed. A DTensor is shared out along
+            another dimension, in the same way on all ranks of the group.
         before_E: int64 on the host, the slot of each expert, a permutation.
         after_E: the same, as it shall be.
         topology: of the layer.
@@ -21,6 +23,9 @@ def move_rows(local: Tensor, before_E: Tensor, after_E: Tensor, topology: Topolo
     Raises:
         RuntimeError: of the process group, when a rank died or did not come before its deadline.
     """
+    if isinstance(local, DTensor):
+        share = move_rows(local.to_local(), before_E, after_E, topology)
+        return DTensor.from_local(share, local.device_mesh, local.placements, run_check=False)
     ranks, own, of_rank = topology.ep_size, topology.ep_rank, len(local)
     leaving_E, coming_E = before_E // of_rank == own, after_E // of_rank == own
     # Both sides go through the experts that one rank gives to another in order of their new slots.

@@ -22,7 +22,6 @@ from twohop.models.moe import MoELayer
 from twohop.models.shadows import Shadows
 from twohop.trainer.config import Config
 from twohop.trainer.engines import Engine
-from twohop.trainer.engines.ddp import DdpEngine
 from twohop.trainer.world import exchanging, gather_objects, rank, say, world_size
 
 WORTH_IT = 0.01  # a move must make what it is for better by this part
@@ -104,15 +103,10 @@ class Placement:
             return now_E, shadowed_now, before, before
         return slots_E, shadowed, before, after
 
-    @torch.no_grad()
     def _move(self, layer: MoELayer, slots_E: Tensor) -> None:
-        assert isinstance(self.engine, DdpEngine)  # `validate` has seen to it
         before_E, topology = torch.from_numpy(_slots(layer)), layer.dispatcher.topology
         with exchanging("placement of experts"):
-            for parameter in layer.experts.parameters():
-                state = self.engine.optimizer.state.get(parameter, {})
-                for tensor in (parameter, *(value for value in state.values() if value.shape == parameter.shape)):
-                    tensor.copy_(move_rows(tensor, before_E, slots_E, topology))
+            self.engine.move_experts(layer, partial(move_rows, before_E=before_E, after_E=slots_E, topology=topology))
         layer.slots_E = slots_E.to(next(layer.experts.parameters()).device)
 
     def _entry(self, found: Quality) -> dict[str, float]:

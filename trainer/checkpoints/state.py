@@ -53,13 +53,16 @@ def _whole(local: Tensor, layer: MoELayer | None) -> Tensor:
 
     Of experts that have moved (`MoELayer.slots_E`) this is a copy, and every rank of the EP group must call it.
     """
-    if layer is None:
+    return local if layer is None else global_tensor(in_order(local, layer), layer.dispatcher.topology)
+
+
+def in_order(local: Tensor, layer: MoELayer) -> Tensor:
+    """A rank's rows of experts, in the order of their numbers. If they have moved, a copy, and collective as above."""
+    if layer.slots_E is None:
         return local
-    if layer.slots_E is not None:
-        slots_E = layer.slots_E.cpu()
-        with exchanging("experts in the order of their numbers"):
-            local = move_rows(local.detach(), slots_E, torch.arange(len(slots_E)), layer.dispatcher.topology)
-    return global_tensor(local, layer.dispatcher.topology)
+    slots_E = layer.slots_E.cpu()
+    with exchanging("experts in the order of their numbers"):
+        return move_rows(local.detach(), slots_E, torch.arange(len(slots_E)), layer.dispatcher.topology)
 
 
 def global_tensor(local: Tensor, topology: Topology | None) -> Tensor:

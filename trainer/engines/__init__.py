@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from twohop.models import MoEModel
+from twohop.models.moe import MoELayer
 from twohop.trainer.config import Config
 from twohop.trainer.engines.ddp import DdpEngine
 from twohop.trainer.engines.fsdp import FsdpEngine
@@ -51,6 +52,13 @@ class Engine(Protocol):
         """Take over what was loaded into the tensors of `model_state` and `optimizer_state`.
 
         Every rank must call this.
+        """
+        ...
+
+    def move_experts(self, layer: MoELayer, move: Callable[[Tensor], Tensor]) -> None:
+        """Let `move` bring the weights of a layer's experts, and all state that belongs to them, to other slots.
+
+        `move` takes and returns a rank's rows [local experts, ...], or its share of them. Every rank must call this.
         """
         ...
 

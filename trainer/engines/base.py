@@ -1,7 +1,7 @@
 """What engines of torch optimizers share: accumulate, sum over ranks, clip, update."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from twohop.models import MoEModel, expert_parameters
+from twohop.models.moe import MoELayer
 from twohop.trainer.checkpoints.state import model_tensors, optimizer_tensors
 from twohop.trainer.config import Config, Precision
 from twohop.trainer.engines.masters import MasterWeights
@@ -82,6 +83,16 @@ class TorchEngine:
 
     def restored(self, state: dict[str, Tensor]) -> None:
         """See `Engine`: loading has written into the weights and the optimizer themselves."""
+        if self.masters is not None:
+            self.masters.publish()
+
+    @torch.no_grad()
+    def move_experts(self, layer: MoELayer, move: Callable[[Tensor], Tensor]) -> None:
+        """See `Engine`."""
+        for weight in (self.weights[name] for name, owner in self.expert_layers.items() if owner is layer):
+            for tensor in (weight, *self.optimizer.state.get(weight, {}).values()):
+                if tensor.shape == weight.shape:  # the count of steps is no row of experts
+                    tensor.copy_(move(tensor))
         if self.masters is not None:
             self.masters.publish()
 

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from twohop.comm import Topology
 from twohop.models import MoEModel
 from twohop.models.moe import MoELayer
-from twohop.trainer.checkpoints.state import global_tensor
+from twohop.trainer.checkpoints.state import global_tensor, in_order
 from twohop.trainer.config import Config
 from twohop.trainer.engines.base import TorchEngine
 from twohop.trainer.engines.deepspeed_config import deepspeed_config
@@ -119,6 +119,18 @@ class DeepSpeedEngine(TorchEngine):
                         whole = _whole(state[f"optim.{name}.{key}"])
                     safe_set_full_optimizer_state(parameter, whole, key)
 
+    @torch.no_grad()
+    def move_experts(self, layer: MoELayer, move: Callable[[Tensor], Tensor]) -> None:
+        """See `Engine`. A fragment is no row, so the state of all experts of the rank is put together and cut anew."""
+        if not self.stage:
+            return super().move_experts(layer, move)
+        for name, parameter, state, flat in self._states():
+            if self.expert_layers.get(name) is layer:
+                parameter.copy_(move(parameter))
+                for key in (key for key, value in state.items() if value.shape == flat.shape):
+                    whole = move(safe_get_full_optimizer_state(parameter, key))
+                    safe_set_full_optimizer_state(parameter, whole, key)
+
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], Tensor]]:
         """(name, parameter, optimizer's state of its partition, the partition), in one order on all ranks."""
         materialize_state(self.optimizer)
@@ -133,9 +145,10 @@ class DeepSpeedEngine(TorchEngine):
         """This rank's share of what its replicas have in common, as part of the global tensor."""
         if name not in self.expert_layers:
             return _cut(whole, self.world, first_dim=0)
-        topology = self.expert_layers[name].dispatcher.topology
+        layer = self.expert_layers[name]
+        topology = layer.dispatcher.topology
         replicas = topology.mesh["edp"] if topology.mesh is not None else None
-        return global_tensor(_cut(whole, replicas, first_dim=1), topology)
+        return global_tensor(_cut(in_order(whole, layer), replicas, first_dim=1), topology)
 
     def _drop_gradients(self) -> None:
         if not self.stage:

@@ -121,12 +121,6 @@ def _check_placement(config: Config) -> None:
         f"model.moe.experts={config.model.moe.experts}": placement.follows_load
         and placement.shadows >= fewest
         and (f"a layer has {fewest}: use fewer" if fewest else "there are no experts"),
-        f"engine.name={config.engine.name}": moves
-        and config.engine.name != "ddp"
-        and "only ddp can move experts with their optimizer state so far: use engine=ddp",
-        "engine.precision=bf16_params": moves
-        and config.engine.precision is Precision.bf16_params
-        and "masters of experts cannot be moved so far: use engine.precision=bf16",
     }
     for side, model in _sides(config).items():
         moe = model.moe
