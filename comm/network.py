@@ -22,3 +22,5 @@ class Network:
     nics: int = 1  # network cards of a node
     copied_byte_s: float = 0.0  # to copy, or add, one byte of a row on its way
     exchange_s: float = 0.0  # processor time of an exchange, whatever it carries
+    plan_s: float = 0.0  # processor time of the plan of a dispatch
+    one_thread: bool = False  # a rank sends and receives in turns, as gloo's only thread does, not side by side

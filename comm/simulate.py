@@ -5,7 +5,8 @@ card that it shares), the wire, the port of the receiver, the receiving rank's p
 message after the other, in order of arrival. Assumed:
 
 - A port sends and receives at once. A message begins to leave the receiving port as it begins to arrive (cut-through).
-- Sending and receiving are done by two processors of a rank, apart from the one that copies rows and computes.
+- Sending and receiving are done by two processors of a rank (`Network.one_thread`: by one, which first hands over what
+  it sends), apart from the one that copies rows and computes.
 - Between nodes nothing but cards is short: a fat tree without collisions.
 - Ranks start together, and each sends to its own node first, then to the node behind it, and so on, as NCCL does. With
   expected shares all nodes then do the same at the same time, so that one node stands for all.
@@ -59,11 +60,12 @@ def simulate(
         network: what it is sent through.
         work: sizes of rows, and the seconds of the experts in the forward pass.
         backward: also the backward pass.
-        agreement: also counts and assignments; without them it is the bare exchange of rows.
+        agreement: also the plan, counts and assignments; without them it is the bare exchange of rows.
         beside_s: seconds of what runs beside the first hop (a shared expert).
     """
     run = _Run(shipment, network, work)
     if agreement:
+        run.busy_S += network.plan_s
         for hop, numbers in enumerate(shipment.numbers_of_counts):
             run.exchange_alone(hop, "counts", np.full(shipment.peers[hop].to_SP.shape, float(numbers * INTEGER)))
         for hop, assignments_SP in enumerate(shipment.assignments_SP):
@@ -122,7 +124,8 @@ class _Run:
         # Ports: one of each rank inside the node, then the cards.
         self.port_2S = np.stack([np.arange(ranks), ranks + nic_S])
         ports = ranks + self.shipment.nodes * nics
-        self.sending, self.receiving = (_Queue(np.zeros(ranks)) for _ in range(2))
+        self.sending = _Queue(np.zeros(ranks))
+        self.receiving = self.sending if self.network.one_thread else _Queue(np.zeros(ranks))
         self.out, self.into = (_Queue(np.zeros(ports)) for _ in range(2))
 
     @property

@@ -131,6 +131,20 @@ def test_times_of_one_exchange_by_hand() -> None:
     # 4 rows there and 4 home that are copied, 4 there and 4 home that are weighed and summed at the expert.
     assert 2 * seconds(Network(FREE, FREE, copied_byte_s=1e-6)) == pytest.approx(16e-3)
     assert seconds(Network(FREE, FREE, exchange_s=1e-3)) == pytest.approx(1e-3)
+    # 3 messages of each kind by one thread, or 3 beside 3.
+    costly = Network(Link(0.0, 1e-3, 2e-3), Link(0.0, 1e-3, 2e-3))
+    assert seconds(replace(costly, one_thread=True)) == pytest.approx(9e-3)
+    assert seconds(costly) == pytest.approx(7e-3)  # the first message comes after 1 ms
+
+
+def test_a_plan_is_made_once_and_only_where_ranks_agree() -> None:
+    work = Workload(4, 1, 4, 1000.0, 1000.0, 1000.0)
+    for route, chunks in (("flat", 1), ("dedup", 4)):
+        shipment = Shipment.expected(work, (2, 2), route, chunks)
+        network = Network(FREE, FREE, plan_s=1e-3)
+        assert simulate(shipment, network, work).forward_s == pytest.approx(1e-3)
+        assert simulate(shipment, network, work).backward_s == 0
+        assert simulate(shipment, network, work, agreement=False).forward_s == 0
 
 
 def test_work_beside_hides_behind_the_first_hop() -> None:
