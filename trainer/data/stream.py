@@ -80,7 +80,7 @@ class Lane:
         self._iterate()
         self._pieces: deque[Piece] = deque()
         self._offset = offset  # of the next window in the first piece
-        self._is_empty = rows is None
+        self._is_empty = True  # no text has come yet; a bookmark stands before one
 
     def _iterate(self) -> None:
         self._texts = self._texts_of(self._rows)

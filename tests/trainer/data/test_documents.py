@@ -41,9 +41,10 @@ def test_batches_are_what_a_plain_loop_makes(tokens: list[int], seq_len: int, da
     assert windows.num_targets(numbers) == (batch.targets != IGNORED).sum()
 
 
-def test_entropy_is_that_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", [END, 13])  # 13: comes once, and begins no document
+def test_entropy_is_that_of_the_targets(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     monkeypatch.setattr("twohop.trainer.data.documents._SEARCH_BLOCK", 7)
-    tokens = np.random.default_rng(0).integers(0, 12, 300).astype(np.uint16)
+    tokens = np.array([*np.random.default_rng(0).integers(0, 12, 300), 1, last], dtype=np.uint16)
     # As everywhere, the first token of all counts too.
     targets = [int(token) for place, token in enumerate(tokens) if place == 0 or tokens[place - 1] != END]
     expected = -sum(n / len(targets) * math.log(n / len(targets)) for n in Counter(targets).values())

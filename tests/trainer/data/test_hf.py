@@ -1,6 +1,7 @@
 """Data sets that Hugging Face's `datasets` reads, made here as small files."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.trainer.data.texts import POEM, silent
 from twohop.trainer.config import DataConfig, HFConfig
 from twohop.trainer.data import build_data, prepare
-from twohop.trainer.data.hf import hf_corpus
+from twohop.trainer.data.hf import hf_corpus, load_split
 from twohop.trainer.errors import DataError
 
 TEXTS = [f"document {i} " + POEM * (i % 5) for i in range(60)]
@@ -42,7 +43,9 @@ def contents(documents: Any) -> list[str]:
 def test_every_format_is_the_same_corpus(tmp_path: Path, ending: str) -> None:
     write(tmp_path / f"0.{ending}", TEXTS[:25], "body")
     write(tmp_path / f"1.{ending}", TEXTS[25:], "body")
-    corpus = hf_corpus(hf_config(tmp_path, str(tmp_path / f"*.{ending}"), text_key="body"))
+    config = hf_config(tmp_path, str(tmp_path / f"*.{ending}"), text_key="body")
+    assert load_split(config, "train").column_names == ["body"]  # others are not read
+    corpus = hf_corpus(config)
     train, valid = contents(corpus.train), contents(corpus.valid)
     assert (len(train), len(valid)) == (len(corpus.train), len(corpus.valid))
     assert sorted(train + valid) == sorted(TEXTS)
@@ -67,6 +70,47 @@ def test_a_folder_has_the_splits_that_the_library_finds(tmp_path: Path) -> None:
     )
     assert contents(hf_corpus(first).train) == TEXTS[:9]
     assert len({hf_corpus(other).fingerprint() for other in (config, part, first)}) == 3
+
+
+def test_either_side_has_a_row_at_least_and_max_mib_leaves_two(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", TEXTS)
+    for fraction in (1e-9, 1 - 1e-9):
+        config = hf_config(tmp_path, str(tmp_path / "a.parquet"), max_mib=1e-6)
+        config.valid_fraction = fraction
+        corpus = hf_corpus(config)
+        assert sorted(contents(corpus.train) + contents(corpus.valid)) == sorted(TEXTS[:2])
+        assert len(corpus.train) == len(corpus.valid) == 1
+
+
+def test_files_have_parts_of_a_split_too_and_one_row_is_enough_to_train(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", TEXTS)
+    config = hf_config(tmp_path, str(tmp_path / "a.parquet"), train_split="train[:1]", valid_split="train[50%:]")
+    assert contents(hf_corpus(config).train) == TEXTS[:1]
+    assert contents(hf_corpus(config).valid) == TEXTS[30:]
+
+
+def test_the_library_is_asked_for_what_the_keys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets  # takes seconds
+
+    asked: dict[str, Any] = {}
+
+    def note(**keys: Any) -> None:
+        asked.update(keys)
+        raise OSError("no way")
+
+    monkeypatch.setattr("datasets.load_dataset", note)
+    datasets.enable_progress_bars()
+    datasets.logging.set_verbosity_info()
+    hf = HFConfig(name="a/b", subset="c", revision="v1", train_split="most")
+    with pytest.raises(DataError, match=r"^data\.hf\.name=a/b: split most cannot be loaded \(no way\); repair it"):
+        hf_corpus(DataConfig(source="hf", hf=hf, cache_dir=str(tmp_path)))
+    assert asked == {
+        "path": "a/b", "name": "c", "revision": "v1", "split": "most", "streaming": False,
+        "cache_dir": str(tmp_path / "huggingface"),
+    }  # fmt: skip
+    # Every rank of a training loads it: nothing is drawn, and errors are said once.
+    assert datasets.are_progress_bars_disabled()
+    assert datasets.logging.get_verbosity() == logging.CRITICAL
 
 
 def test_prepared_tokens_are_the_rows_each_closed_by_an_end(tmp_path: Path) -> None:
@@ -104,6 +148,9 @@ def test_files_that_are_no_data_set_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"^data\.files=.*a\.parquet: split train cannot be loaded \(.*\); repair it"):
         hf_corpus(hf_config(tmp_path, str(tmp_path / "a.parquet")))
+    (tmp_path / "a.jsonl").write_text("[")
+    with pytest.raises(DataError, match=r"cannot be loaded \((?!An error occurred while generating)"):
+        hf_corpus(hf_config(tmp_path, str(tmp_path / "a.jsonl")))
     with pytest.raises(DataError, match=r"missing\.parquet: no such file"):
         hf_corpus(hf_config(tmp_path, str(tmp_path / "missing.parquet")))
     write(tmp_path / "one.parquet", TEXTS[:1])

@@ -14,7 +14,8 @@ from tests.end_to_end.runs import start
 from tests.tiny import tiny_config
 from tests.trainer.data.texts import silent
 from twohop.trainer.config import CorpusConfig, DataConfig, DataOrder, HFConfig, TokenizerConfig, TokenizerKind
-from twohop.trainer.data import TokenWindows, build_data, prepare, step_numbers
+from twohop.trainer.data import IGNORED, TokenWindows, build_data, prepare, step_numbers
+from twohop.trainer.data.documents import DocumentWindows
 from twohop.trainer.data.mixture import Joined
 from twohop.trainer.data.order import DRAWS, ENDLESS, Mixture, shares
 from twohop.trainer.errors import ConfigError, DataError
@@ -94,8 +95,9 @@ def test_a_batch_holds_the_samples_that_were_asked_for(data: st.DataObject) -> N
         assert torch.equal(batch.targets[row], own.targets[0])
         assert batch.group_B[row] == part
     assert joined.num_targets(numbers) == 4 * len(numbers)
-    with pytest.raises(IndexError):
-        joined.batch([14])
+    for outside in (14, -1):
+        with pytest.raises(IndexError, match=f"sample {outside} of 14"):
+            joined.batch([outside])
 
 
 def test_samples_of_a_part_stand_in_the_middle_of_what_is_due_to_them() -> None:
@@ -103,6 +105,22 @@ def test_samples_of_a_part_stand_in_the_middle_of_what_is_due_to_them() -> None:
     groups_B = joined.batch(range(8)).group_B
     assert groups_B is not None
     assert groups_B.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
+def test_parts_of_equal_weight_take_turns() -> None:
+    groups_B = Joined([windows(0, 90), windows(1000, 90)], [1.0, 1.0]).batch(range(180)).group_B
+    assert groups_B is not None
+    assert groups_B.tolist() == [0, 1] * 90
+
+
+def test_targets_and_entropy_are_those_of_the_parts() -> None:
+    parts = [windows(0, 5), DocumentWindows(np.array([1, 2, 9] * 4 + [1]), 4, "train", 9)]
+    joined = Joined(parts, [2.0, 1.0])
+    numbers = range(8)
+    assert joined.num_targets(numbers) == 5 * 4 + 3 * 4 - 4  # each end of a document predicts nothing
+    assert [joined.num_targets([n]) for n in numbers] == [(joined.batch([n]).targets != IGNORED).sum() for n in numbers]
+    first, second = (part.target_entropy() for part in parts)
+    assert joined.target_entropy() == pytest.approx((5 * first + 3 * second) / 8)
 
 
 def test_validation_begins_with_the_shares_of_the_weights_and_has_every_sample_once() -> None:

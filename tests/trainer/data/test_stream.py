@@ -1,7 +1,10 @@
 """Streams: their windows are a function of their numbers, whoever asks, in whatever order, and after any stop."""
 
+import inspect
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from tests.trainer.data.test_hf import write
 from tests.trainer.data.texts import POEM, silent
 from twohop.trainer.config import DataConfig, DataOrder, HFConfig, TokenizerConfig, TokenizerKind
 from twohop.trainer.data import Loader, TokenWindows, build_data, prepare
+from twohop.trainer.data.hf import pinned_revision
 from twohop.trainer.data.stream import Lane, StreamWindows, _is_kept
 from twohop.trainer.errors import ConfigError, DataError
 from twohop.trainer.validate.groups import validate
@@ -58,10 +62,39 @@ def test_a_stream_of_one_lane_is_the_prepared_data_again_and_again(tmp_path: Pat
     stream = windows(tmp_path, folder)
     assert ids(stream, list(range(len(twice)))) == ids(twice, list(range(len(twice))))
     assert stream.num_targets(range(5)) == 5 * SEQ
-    # The validation split is the beginning of the prepared one.
+    # The validation split is the beginning of the prepared one, up to the row with which it is long enough.
     valid = build_data(stream_config(tmp_path, folder), SEQ, silent).valid.tokens  # type: ignore[attr-defined]
-    assert 1000 < len(valid) < 1000 + max(map(len, TEXTS)) * 2
+    *_, before, _ = [0, *np.flatnonzero(valid == valid[-1]) + 1]
+    ends = (valid == valid[-1]).sum()
+    assert before - (ends - 1) < 1e-3 * 2**20 <= len(valid) - ends
     assert valid.tolist() == whole.valid.tokens[: len(valid)].tolist()  # type: ignore[attr-defined]
+
+
+def test_splits_that_the_library_finds_are_read_whole(tmp_path: Path) -> None:
+    for split, texts in (("train", TEXTS[:40]), ("test", TEXTS[40:60])):
+        write(tmp_path / "set" / f"{split}.csv", texts)  # the library knows its columns by the first row alone
+    settings = {"valid_split": "test", "valid_mib": 1.0}
+    whole = build_data(stream_config(tmp_path, tmp_path / "set", streaming=False, **settings), SEQ, silent)
+    stream = windows(tmp_path, tmp_path / "set", **settings)
+    assert ids(stream, list(range(len(whole.train)))) == ids(whole.train, list(range(len(whole.train))))
+    valid = build_data(stream_config(tmp_path, tmp_path / "set", **settings), SEQ, silent).valid
+    assert valid.tokens.tolist() == whole.valid.tokens.tolist()  # type: ignore[attr-defined]
+
+
+def test_a_stream_is_told_from_others_by_its_settings_and_the_sizes_of_its_files(tmp_path: Path) -> None:
+    file = tmp_path / "set" / "a.jsonl"
+    write(file, TEXTS[:40])
+
+    def fingerprint(fraction: float = 0.2, **hf: Any) -> str:
+        config = stream_config(tmp_path, file.parent, **hf)
+        config.valid_fraction = fraction
+        return build_data(config, SEQ, silent).fingerprint
+
+    found = [fingerprint(), fingerprint(0.3), fingerprint(shuffle=4)]
+    write(file, TEXTS[:41])
+    assert len({*found, fingerprint()}) == 4
+    with pytest.raises(DataError, match=r"no row validates; raise data\.valid_fraction or set data\.hf\.valid_split"):
+        fingerprint(1e-9)
 
 
 @pytest.mark.parametrize("lanes", [2, 8])  # whole files, or every eighth row
@@ -140,6 +173,16 @@ def test_lanes_are_shuffled_in_different_ways() -> None:
     assert first != second
 
 
+def test_readers_of_a_lane_are_closed_with_it(tmp_path: Path, folder: Path) -> None:
+    stream = windows(tmp_path, folder)
+    stream.batch([0])
+    ((_, lane),) = stream._lanes.items()
+    rows = lane._texts
+    assert inspect.getgeneratorstate(rows) == inspect.GEN_SUSPENDED
+    del stream, lane
+    assert inspect.getgeneratorstate(rows) == inspect.GEN_CLOSED
+
+
 def test_bookmarks_stay_few() -> None:
     kept: list[int] = []
     for newest in range(5000):
@@ -193,6 +236,10 @@ def test_the_hub_is_asked_once_for_its_commit(tmp_path: Path, monkeypatch: pytes
     config = DataConfig(source="hf", hf=HFConfig(name="a/b", revision="main", streaming=True), cache_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"data\.hf\.name=a/b: the hub does not answer \(no way to a/b@main\)"):
         build_data(config, SEQ, silent)
+    here = replace(config, hf=HFConfig(name=str(tmp_path), streaming=True))
+    assert pinned_revision(here) == here  # a folder is on no hub
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, revision: SimpleNamespace(sha=f"{revision}-7"))
+    assert pinned_revision(config) == replace(config, hf=HFConfig(name="a/b", revision="main-7", streaming=True))
 
 
 def test_prepare_reads_all_and_refuses_a_stream(tmp_path: Path, folder: Path) -> None:
