@@ -4,9 +4,14 @@ import os
 from contextlib import nullcontext
 
 import pytest
+from hypothesis import settings
 
 # Worker processes of the tests share few cores; set before torch is imported for the first time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test fails because the machine was busy for a moment.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture

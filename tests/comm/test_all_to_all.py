@@ -56,7 +56,7 @@ def exchanges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, list[Any]]:
 OBLONG = ((2, 3), 6, [([[(rank + 2 * peer) % 5 for peer in range(6)] for rank in range(6)], 2, torch.float32)])
 
 
-@settings(max_examples=8, deadline=None)  # a new world costs more than its exchanges
+@settings(max_examples=8)  # a new world costs more than its exchanges
 @example(OBLONG)
 @given(exchanges())
 def test_two_hops_equal_one_for_every_split(drawn: tuple[tuple[int, ...], int, list[Any]]) -> None:

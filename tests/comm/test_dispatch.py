@@ -76,7 +76,7 @@ def test_all_algorithms_equal_the_reference(levels: tuple[int, ...], ep_size: in
     check(levels, ep_size, cases, experts)
 
 
-@settings(max_examples=6, deadline=None)  # a new world costs more than its layers
+@settings(max_examples=6)  # a new world costs more than its layers
 @given(data=st.data())
 def test_random_layers(data: st.DataObject) -> None:
     levels = data.draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (4, 1), (2, 3), (3, 2), (4, 2), (2, 4), (2, 2, 2)]))

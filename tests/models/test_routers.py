@@ -229,7 +229,7 @@ def test_bias_alone_balances_a_skewed_router():
     assert violations[-1] < 0.15
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_tokens_use_no_more_than_their_groups(data):
     groups, size = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.integers(1, 4))

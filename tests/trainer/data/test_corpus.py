@@ -60,7 +60,7 @@ def test_files_folders_and_globs_name_the_same_file_once(folder: Path, tmp_path:
 
 
 @given(fraction=st.floats(0.05, 0.95), repeats=st.integers(1, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_one_file_is_split_by_bytes_between_characters(
     tmp_path_factory: pytest.TempPathFactory, fraction: float, repeats: int
 ) -> None:

@@ -19,7 +19,7 @@ from twohop.trainer.data import (
 
 @pytest.mark.parametrize("config", [TokenizerConfig(), BPE], ids=["bytes", "bpe"])
 @given(text=st.text())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_text_survives_a_round_trip(config: TokenizerConfig, text: str, trained: dict) -> None:
     tokenizer = trained[config.kind]
     ids = tokenizer.encode(text)
