@@ -4,6 +4,7 @@ A rank holds a share of every parameter and of its gradient and moments; FSDP ga
 are used and scatters the summed gradients after backward.
 """
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,8 @@ class FsdpEngine(TorchEngine):
     """See `Engine`. The collectives are FSDP's: sums, without averaging."""
 
     def __init__(self, model: MoEModel, config: Config) -> None:
+        # The residual stream adds out of place, which is what FSDP asks of a layer that returns a view.
+        warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
         open_world_of_one()
         device_type = next(model.parameters()).device.type
         self.world = init_device_mesh(device_type, (world_size(),))
