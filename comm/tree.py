@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from twohop.comm.kernels import fused
 
-BLOCK_BYTES = 2**20  # of rows: several blocks fit a cache
+BLOCK_BYTES = 2**18  # of rows: several blocks fit a cache, and next to nothing is held between
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,37 @@ class Bag:
             return segment_sum(rows_CD, self.children_C, self.offsets, weights_C, dtype)
         if len(rows_CD) == 0:
             return rows_CD.new_zeros(len(self.offsets) - 1, *rows_CD.shape[1:], dtype=dtype)
-        if weights_C is not None:
-            return self._weighted_sum(rows_CD, weights_C, dtype or rows_CD.dtype)
-        wide_CD = rows_CD.to(torch.promote_types(rows_CD.dtype, torch.float32))
-        return _add_up(wide_CD, self.children_C, self.offsets).to(dtype or rows_CD.dtype)
-
-    def _weighted_sum(self, rows_CD: torch.Tensor, weights_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """In blocks, whose products stay in the cache: `embedding_bag` with weights would not round them."""
         wide = torch.promote_types(rows_CD.dtype, torch.float32)
+        weights_C = None if weights_C is None else weights_C.to(wide)
+        if weights_C is None or int(self.offsets.diff().max()) <= 1:  # nothing is added to a product
+            return _add_up(rows_CD.to(wide), self.children_C, self.offsets, weights_C).to(dtype or rows_CD.dtype)
+        return self._sum_of_products(rows_CD, weights_C, dtype or rows_CD.dtype)
+
+    def _sum_of_products(self, rows_CD: torch.Tensor, weights_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """In blocks, whose products stay in the cache: `embedding_bag` with weights would not round them."""
         num_parents, parent_bytes = len(self.offsets) - 1, rows_CD[:1].nbytes * len(self.children_C)
         block = max(1, BLOCK_BYTES * num_parents // max(1, parent_bytes))
         bounds = [*self.offsets[:-1:block].tolist(), int(self.offsets[-1])]
         sizes = [end - start for start, end in pairwise(bounds)]
         in_order = torch.arange(max(sizes))
         sums_PD = rows_CD.new_empty(num_parents, rows_CD.shape[1], dtype=dtype)
-        children_C, weight_C1 = self.children_C[: bounds[-1]], weights_C[: bounds[-1], None].to(wide)
+        children_C, weight_C1 = self.children_C[: bounds[-1]], weights_C[: bounds[-1], None]
         parts = (sums_PD.split(block), children_C.split(sizes), weight_C1.split(sizes))
         for number, (sums_BD, children_B, weight_B1) in enumerate(zip(*parts, strict=True)):
-            products_BD = rows_CD.index_select(0, children_B).to(wide).mul_(weight_B1)
+            products_BD = rows_CD.index_select(0, children_B).to(weights_C.dtype).mul_(weight_B1)
             offsets = self.offsets[number * block : (number + 1) * block + 1] - bounds[number]
             sums_BD.copy_(_add_up(products_BD, in_order[: len(children_B)], offsets))
         return sums_PD
 
 
-def _add_up(rows_CD: torch.Tensor, children_C: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    children_C = children_C[: int(offsets[-1])]  # torch gives what is behind it to the last parent, in fp64 alone
-    return F.embedding_bag(children_C, rows_CD, offsets, mode="sum", include_last_offset=True)
+def _add_up(
+    rows_CD: torch.Tensor, children_C: torch.Tensor, offsets: torch.Tensor, weights_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    end = int(offsets[-1])  # torch gives what is behind it to the last parent, in fp64 alone
+    weights_C = None if weights_C is None else weights_C[:end]
+    return F.embedding_bag(
+        children_C[:end], rows_CD, offsets, mode="sum", per_sample_weights=weights_C, include_last_offset=True
+    )
 
 
 @dataclass(frozen=True)

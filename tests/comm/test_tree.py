@@ -1,5 +1,7 @@
 """Sums of children on a CPU, against additions one by one."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -7,15 +9,15 @@ from twohop.comm.tree import Bag
 
 
 @pytest.mark.parametrize("block_bytes", [1, 400, 2**20])
+@pytest.mark.parametrize("counts", [[2, 0, 3, 4, 1, 0, 2, 0], [1, 0, 1, 1, 0, 1, 1, 0]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_products_are_rounded_before_they_are_added(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block_bytes: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, counts: list[int], block_bytes: int
 ) -> None:
-    """Whatever is looked at together. Parents have 0 to 4 children; children behind the last offset have no parent."""
+    """Whatever is looked at together. Children behind the last offset have no parent."""
     monkeypatch.setattr("twohop.comm.tree.BLOCK_BYTES", block_bytes)
     generator = torch.Generator().manual_seed(0)
-    counts_P = torch.tensor([2, 0, 3, 4, 1, 0, 2, 0])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts_P.cumsum(0)])
+    offsets = torch.tensor([0, *accumulate(counts)])
     rows_CD = torch.randn(14, 40, generator=generator, dtype=torch.float64).to(dtype)
     children_C = torch.randperm(14, generator=generator)
     weights_C = torch.rand(14, generator=generator)
