@@ -108,7 +108,7 @@ class Lane:
             return
         if self._is_empty:
             raise DataError("data.hf.streaming=true: a part of the stream has no text; use fewer data.hf.lanes")
-        self._rows, self._state, self._is_empty = self._open_rows(), None, True
+        self._rows, self._state = self._open_rows(), None
         self._iterate()
 
     def _leave_bookmark(self) -> None:

@@ -139,12 +139,27 @@ def test_a_stream_goes_on_from_a_bookmark_or_without_one(
     assert ids(windows(tmp_path / "other", folder, lanes=2, shuffle=shuffle), late) == found[1900:]
     assert len(read) - with_bookmarks > 3 * with_bookmarks
     # A damaged bookmark is passed over, and one may go back.
-    marks = sorted(tmp_path.rglob("bookmarks-*/lane-0/*.json"))
-    assert len(marks) > 5
-    marks[-1].write_text(marks[-1].read_text()[:-5])
+    *_, marks = (sorted(lane.iterdir()) for lane in tmp_path.glob("*/bookmarks-*/lane-*"))
+    numbers = [int(mark.stem) for mark in marks]
+    assert numbers == [number for number in range(numbers[-1] + 1) if _is_kept(number, numbers[-1])]
+    for mark in marks[5:]:
+        mark.write_text(mark.read_text()[:-5] if int(mark.stem) % 2 else "{}")
     again = windows(tmp_path, folder, lanes=2, shuffle=shuffle)
     assert ids(again, late) == found[1900:]
     assert ids(again, [3, 900, 40]) == [found[3], found[900], found[40]]
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    assert ids(again, [1900, 4]) == [found[1900], found[4]]
+
+
+def test_bookmarks_that_cannot_be_written_are_an_error(tmp_path: Path, folder: Path) -> None:
+    lane = windows(tmp_path, folder)._make_lane(0, 4)
+    lane._bookmarks = tmp_path / "file" / "bookmarks"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        DataError, match=r"000\.json: cannot be written \(Not a directory\); choose another data\.cache"
+    ):
+        lane.block(0)
 
 
 def test_shuffling_moves_windows_within_their_block_alone(tmp_path: Path, folder: Path) -> None:

@@ -1,15 +1,18 @@
 """What a step says of its MoE layers, against scipy and against the layer's own routing."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
+from tests.distributed import run_distributed
 from twohop.models import ModelConfig, build_model, init_weights
 from twohop.models.config import MoEConfig, RouterConfig
 from twohop.models.moe import MoEStats
 from twohop.trainer.monitoring.totals import StepTotals
+from twohop.trainer.world import rank
 
 
 def stats_of(load_E: list[int], top_weight: float = 0.0, tokens: int = 0) -> MoEStats:
@@ -25,6 +28,30 @@ def record_of(*micro_batches: MoEStats) -> dict[str, float | None]:
     for micro_batch in micro_batches:
         totals.add({"loss": torch.tensor(1.0)}, (micro_batch,))
     return totals.reduce(1)["moe"]["layer"]
+
+
+def step_of_two_ranks() -> tuple[dict[str, Any], int]:
+    """Micro-batch n of 1 … 4, two on each rank, has n of everything."""
+    totals = StepTotals(["layer"])
+    for n in (2 * rank() + 1, 2 * rank() + 2):
+        of_n = torch.tensor(n)
+        stats = MoEStats(
+            losses={}, load_E=torch.tensor([n, 3]), dropped=of_n, rows=torch.tensor([5, 9, 7, 3][n - 1]),
+            need=of_n.double(), repeated=of_n, compared=2 * of_n, replayed=torch.tensor(int(n == 3)), tokens=10 * of_n,
+            top_weight=n * torch.tensor(7.0),
+        )  # fmt: skip
+        totals.add({"loss": torch.tensor(1.0 * n), "z": torch.tensor(2.0 * n)}, (stats,))
+    return totals.reduce(8), totals.micro_batches
+
+
+def test_a_step_is_that_of_all_micro_batches_of_all_ranks() -> None:
+    layer = {
+        "load": [10 / 22, 12 / 22], "dropped": 10 / 22, "capacity": 2 * 9 * 4 / 22, "slots": 2 * 9 * 4,
+        "entropy": pytest.approx(stats.entropy([10, 12], base=2)), "max_violation": pytest.approx(12 / 11 - 1),
+        "dead": 0, "confidence": pytest.approx(0.7), "repeated": 0.5, "replayed": 0.25,
+    }  # fmt: skip
+    expected = {"loss": 10 / 8, "z": 20 / 8, "moe": {"layer": layer}}, 4
+    assert run_distributed(step_of_two_ranks, 2) == [expected] * 2
 
 
 @pytest.mark.parametrize("load", [[4, 4, 4, 4], [7, 0, 2, 1], [0, 0, 9, 0], [5], [0, 3]])
