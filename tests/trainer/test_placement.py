@@ -164,6 +164,50 @@ def test_what_has_shadows_counts_nothing_for_where_the_others_go(tmp_path: Path)
     assert after.rank_load == (10 / 2 + 6) / 10  # by the load of expert 0 as well, 3 would go to it, and the rest be 7
 
 
+@pytest.mark.parametrize(("dispatcher", "rows"), [("dedup", 1.0), ("flat", 2.0)])
+def test_nor_for_who_are_friends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dispatcher: str, rows: float) -> None:
+    settings = [
+        "model.vocab_size=32",
+        "placement.name=affinity",
+        "placement.shadows=1",
+        f"comm.dispatcher={dispatcher}",
+    ]
+    config = tiny_config(tmp_path, *settings)
+    placement = Placement(build_engine(build_model(config.model), config), config)
+    dispatcher_of: Any = SimpleNamespace(num_experts=4, topology=SimpleNamespace(block=(2, 2)))
+    layer: Any = SimpleNamespace(dispatcher=dispatcher_of, slots_E=None, shadows=None)
+    given: list[Any] = []
+    monkeypatch.setattr("twohop.trainer.placement.place", lambda *args: given.append(args) or np.arange(4))
+    *_, before, _ = placement._decide(layer, [(0, np.array([[2, 3]] * 6))])
+    assert before.crossing_rows == rows  # both experts are on the other node: one row to it, or one to each rank
+    placement._decide(layer, [(0, np.repeat([[0, 1], [1, 2], [0, 3]], [10, 3, 5], axis=0))])
+    kind, load_E, together_EE, block = given[-1]
+    assert (kind, load_E.tolist(), block) == ("affinity", [0, 13, 3, 5], (2, 2))
+    assert together_EE.tolist() == [[0, 0, 0, 0], [0, 0, 3, 0], [0, 3, 0, 0], [0, 0, 0, 0]]
+
+
+def test_shadows_follow_experts_that_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", "placement.every=1")
+    model = build_model(config.model)
+    placement = Placement(build_engine(model, config), config)
+    (_, layer), *_ = model.moe_layers()
+    told: list[Any] = []
+    monkeypatch.setattr("twohop.trainer.placement.gather_objects", lambda own: told.append(own) or [own])
+    monkeypatch.setattr("twohop.trainer.placement._node", lambda layer: 5)
+    monkeypatch.setattr("twohop.trainer.placement.Shadows", lambda slots, *_: SimpleNamespace(slots=tuple(slots)))
+    nothing = SimpleNamespace(crossing_rows=0.0, rank_load=1.0)
+    for number, slots in enumerate(([0, 1, 2, 3], [3, 2, 1, 0])):
+        decided = np.array(slots), [0], nothing, nothing
+        monkeypatch.setattr(placement, "_decide", lambda *_, decided=decided: decided)
+        assert layer.observe is not None
+        layer.observe(torch.tensor([[0, 1]]))
+        placement.after_step(number + 1)
+        assert layer.shadows is not None
+        assert layer.shadows.slots == (slots[0],)
+        ((node, ids_TK),) = told[-2]
+        assert (node, ids_TK.tolist()) == (5, [[0, 1]])  # what a rank tells the others
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

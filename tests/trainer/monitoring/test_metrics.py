@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ class Spy:
 def test_a_record_is_one_line_of_plain_json_at_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     moe = {"blocks.1": {"load": torch.tensor([0.25, 0.75]), "dropped": np.float32(0.5)}}
-    writer.log(1, {"loss": torch.tensor(2.5), "grad_norm": float("inf"), "moe": moe, "traffic": {"a": {"b": (3, 4)}}})
+    writer.log(
+        1, {"loss": torch.tensor(2.5), "grad_norm": float("inf"), "moe": moe, "traffic": {"a": {"b": (3, np.int64(4))}}}
+    )
     expected = {
         "step": 1,
         "kind": "train",
@@ -92,11 +95,15 @@ def test_a_torn_last_line_is_left_out_and_another_is_an_error(tmp_path: Path) ->
         read_metrics(tmp_path)
 
 
-def test_summary_is_read_back(tmp_path: Path) -> None:
+def test_summary_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_summary(tmp_path) == {}
     assert write_summary(tmp_path, {"valid_loss": torch.tensor(0.5), "bad": float("nan")}) == tmp_path / "summary.json"
     assert read_summary(tmp_path) == {"valid_loss": 0.5, "bad": None}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("the power is gone")))
+    with pytest.raises(OSError, match="power is gone"):
+        write_summary(tmp_path, {"valid_loss": 0.25})
+    assert read_summary(tmp_path) == {"valid_loss": 0.5, "bad": None}
 
 
 def test_trackers_get_flat_numbers(tmp_path: Path) -> None:

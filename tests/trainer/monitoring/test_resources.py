@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from twohop.models.flops import training_flops
 from twohop.trainer.config import MetricsConfig
 from twohop.trainer.loop import train_step
 from twohop.trainer.monitoring.accelerators import peak_flops
+from twohop.trainer.monitoring.resources import resources_of_world
 
 SLEEP_S = 0.02
 PHASES = {
@@ -62,6 +64,24 @@ def test_a_record_says_where_the_time_of_all_ranks_went(tmp_path: Path) -> None:
     assert record["mfu"] == pytest.approx(needed * record["targets"] / record["step_s"] / (2 * 0.5e12))
 
 
+def test_ranks_need_not_have_the_same_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [
+        ({"inside node": {"dispatch": (10, 1)}}, {"forward": 1.0, "other": 2.0}, 30),
+        ({"inside node": {"dispatch": (5, 2), "combine": (1, 1)}}, {"data": 1.0, "forward": 2.0}, 40),
+    ]
+    monkeypatch.setattr("twohop.trainer.monitoring.resources.gather_objects", lambda own: ranks)
+    run: Any = Mock(device=torch.device("cpu"), config=tiny_config(tmp_path), flops_per_target=None)
+    assert resources_of_world(run, 12) == {
+        "traffic": {"inside node": {"dispatch": [15, 3], "combine": [1, 1]}},
+        "step_s": 3.0,
+        "phase_s": {"forward": 1.5, "other": 1.0, "data": 0.5},
+        "phase_max_s": {"forward": 2.0, "other": 2.0, "data": 1.0},
+        "targets_per_s": 4.0,
+        "mfu": None,
+        "peak_memory": 40,
+    }
+
+
 def test_the_clock_counts_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step, seen by a clock around it: what is missing is in the next step, which begins where this one ended."""
     run = runs.start(tmp_path)
@@ -82,6 +102,7 @@ def test_the_clock_counts_a_whole_step(tmp_path: Path, monkeypatch: pytest.Monke
         ("NVIDIA H100 PCIe", 756e12, 51e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA H20", 148e12, 44e12),
+        ("NVIDIA H200", 989e12, 67e12),
         ("NVIDIA L40", None, None),
     ],
 )
