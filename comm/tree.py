@@ -6,7 +6,6 @@ Shapes: R rows, C children, B children of a block, D width.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +40,8 @@ class Bag:
         """[parents, D]: every parent's children added up one after the other; a parent without children is 0.
 
         The order of additions is a function of the bag alone, never of where the rows stand, which is what makes
-        all dispatch algorithms agree to the bit. Weights multiply the children, in order of `children_C`; products are
-        rounded before they are added, so that a sum of two does not depend on which ranks add what.
+        all dispatch algorithms agree to the bit. Weights multiply the children, in order of `children_C`. Where no
+        parent has more than two, products are rounded before they are added: such a sum does not depend on who adds.
         Half-precision rows are added up in fp32; sums are rounded once, to `dtype` (None: that of the rows).
         """
         if fused(rows_CD):
@@ -51,31 +50,24 @@ class Bag:
             return segment_sum(rows_CD, self.children_C, self.offsets, weights_C, dtype)
         if len(rows_CD) == 0:
             return rows_CD.new_zeros(len(self.offsets) - 1, *rows_CD.shape[1:], dtype=dtype)
-        wide = torch.promote_types(rows_CD.dtype, torch.float32)
-        weights_C = None if weights_C is None else weights_C.to(wide)
-        if weights_C is None or int(self.offsets.diff().max()) <= 1:  # nothing is added to a product
-            return _add_up(rows_CD.to(wide), self.children_C, self.offsets, weights_C).to(dtype or rows_CD.dtype)
-        return self._sum_of_products(rows_CD, weights_C, dtype or rows_CD.dtype)
+        wide_CD = rows_CD.to(torch.promote_types(rows_CD.dtype, torch.float32))
+        weights_C = None if weights_C is None else weights_C.to(wide_CD.dtype)
+        if weights_C is None or int(self.offsets.diff().max()) != 2:
+            return _add_up(wide_CD, self.children_C, self.offsets, weights_C).to(dtype or rows_CD.dtype)
+        firsts_PD, seconds_PD = (
+            _add_up(wide_CD, self.children_C[place_C], offsets, weights_C[place_C])
+            for place_C, offsets in map(self._places, (0, 1))
+        )
+        return firsts_PD.add_(seconds_PD).to(dtype or rows_CD.dtype)
 
-    def _sum_of_products(self, rows_CD: torch.Tensor, weights_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """In blocks, whose products stay in the cache: `embedding_bag` with weights would not round them."""
-        num_parents, parent_bytes = len(self.offsets) - 1, rows_CD[:1].nbytes * len(self.children_C)
-        block = max(1, BLOCK_BYTES * num_parents // max(1, parent_bytes))
-        bounds = [*self.offsets[:-1:block].tolist(), int(self.offsets[-1])]
-        sizes = [end - start for start, end in pairwise(bounds)]
-        in_order = torch.arange(max(sizes))
-        sums_PD = rows_CD.new_empty(num_parents, rows_CD.shape[1], dtype=dtype)
-        children_C, weight_C1 = self.children_C[: bounds[-1]], weights_C[: bounds[-1], None]
-        parts = (sums_PD.split(block), children_C.split(sizes), weight_C1.split(sizes))
-        for number, (sums_BD, children_B, weight_B1) in enumerate(zip(*parts, strict=True)):
-            products_BD = rows_CD.index_select(0, children_B).to(weights_C.dtype).mul_(weight_B1)
-            offsets = self.offsets[number * block : (number + 1) * block + 1] - bounds[number]
-            sums_BD.copy_(_add_up(products_BD, in_order[: len(children_B)], offsets))
-        return sums_PD
+    def _places(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the child of that number of each parent that has it stands in `children_C`; offsets of these alone."""
+        has_P = self.offsets.diff() > number
+        return (self.offsets[:-1] + number)[has_P], F.pad(has_P.cumsum(0), (1, 0))
 
 
 def _add_up(
-    rows_CD: torch.Tensor, children_C: torch.Tensor, offsets: torch.Tensor, weights_C: torch.Tensor | None = None
+    rows_CD: torch.Tensor, children_C: torch.Tensor, offsets: torch.Tensor, weights_C: torch.Tensor | None
 ) -> torch.Tensor:
     end = int(offsets[-1])  # torch gives what is behind it to the last parent, in fp64 alone
     weights_C = None if weights_C is None else weights_C[:end]
