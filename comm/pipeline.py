@@ -213,10 +213,12 @@ def way_there(
     for move in chunk.moves:
         transfer = _Transfer(move, Direction.dispatch, wires)
         ticket = _Start.apply(_down(rows, move.spread), transfer)
+        del rows  # this frame is alive as long as the chunk is on its way
         with transfer.under_way():
             yield ticket
         rows = _Wait.apply(ticket, transfer)
-    yield _down(rows, chunk.to_experts, dtype)
+    rows = _down(rows, chunk.to_experts, dtype)
+    yield rows
 
 
 def way_home(
@@ -230,6 +232,7 @@ def way_home(
     for move in reversed(chunk.moves):
         transfer = _Transfer(move, Direction.combine, wires)
         ticket = _Start.apply(rows, transfer)
+        del rows
         with transfer.under_way():
             yield ticket
         rows = _up(_Wait.apply(ticket, transfer), move.spread)

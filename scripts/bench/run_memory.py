@@ -6,8 +6,8 @@
 Trains a PR-MoE of 13 million parameters for three steps with each engine, over EP sizes, precisions and accumulation,
 and takes the peak of a step: the bytes of all tensors that are alive, in the mean of the ranks, because experts' loads
 differ and the plan's do not. Counted are allocations of torch on the CPU (see `live_tensors`). Left out is what gloo
-copies inside of its collectives. What one of gloo's threads frees last is seen late, so of the second and the third
-step the one counts in which less was alive.
+copies inside of its collectives. What one of gloo's threads frees last is seen late, so of each rank that one counts of
+the second and the third step in which less was alive.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Case(NamedTuple):
     seq_len: int
     recompute: str = "none"
     optimizer: str = "adamw"
+    source_len: int | None = None  # of an encoder-decoder, whose pairs must all have these lengths
 
 
 def cases(engines: list[str], precisions: list[str]) -> Iterator[Case]:
@@ -87,17 +88,15 @@ def config_of(case: Case, folder: Path, world: int, ranks_per_node: int | None) 
     engine = {"name": case.engine, "precision": case.precision}
     if case.engine.startswith("zero"):
         engine |= {"name": "deepspeed", "zero_stage": case.engine[-1]}
-    text = folder / "text.txt"
-    text.write_text("".join(random.Random(0).choices("abcdefgh \n", k=200_000)))
     settings = {
         "model": MODEL,
         "engine": engine,
         "comm": {"ranks_per_node": ranks_per_node, "ep_size": list(case.ep)},
-        "data": {"source": "text", "files": [str(text)], "cache_dir": str(folder / "cache"), "valid_fraction": 0.1},
+        "data": data_of(folder),
         "optim": {"name": case.optimizer},
         "train": {
             "steps": STEPS,
-            "seq_len": case.seq_len,
+            "seq_len": max(case.seq_len, case.source_len or 0),
             "micro_batch": case.micro_batch,
             "global_batch": case.micro_batch * case.accumulation * world,
             "recompute": case.recompute,
@@ -106,6 +105,13 @@ def config_of(case: Case, folder: Path, world: int, ranks_per_node: int | None) 
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), settings))
     assert isinstance(config, Config)
     return config
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """Configuration of a text in `folder`."""
+    text = folder / "text.txt"
+    text.write_text("".join(random.Random(0).choices("abcdefgh \n", k=200_000)))
+    return {"source": "text", "files": [str(text)], "cache_dir": str(folder / "cache"), "valid_fraction": 0.1}
 
 
 def measure(case: Case, config: Config, folder: Path) -> dict[str, float]:
@@ -132,9 +138,10 @@ def measure(case: Case, config: Config, folder: Path) -> dict[str, float]:
         live.name("weights", run.model.parameters())
         live.name("moments", moments(run))
     peaks = [live.peak(since, until) for since, until in pairwise(starts[1:])]  # moments come with the first step
-    mean_S4 = torch.tensor([[float(peak[part]) for part in PARTS] for peak in peaks]) / dist.get_world_size()
-    dist.all_reduce(mean_S4)
-    return dict(zip(PARTS, min(mean_S4.tolist(), key=sum), strict=True))
+    least = min(peaks, key=lambda peak: sum(peak.values()))
+    mean_4 = torch.tensor([float(least[part]) for part in PARTS]) / dist.get_world_size()
+    dist.all_reduce(mean_4)
+    return dict(zip(PARTS, mean_4.tolist(), strict=True))
 
 
 def gradients(run: Run) -> list[torch.Tensor]:
@@ -159,15 +166,17 @@ def moments(run: Run) -> list[torch.Tensor]:
 def planned(case: Case, world: int) -> Memory:
     """What `twohop plan` reckons with."""
     precision, recompute = Precision(case.precision), Recompute(case.recompute)
-    shape, ran = _counted(case.seq_len, precision_of_passes(case.engine, precision), recompute)
+    shape, ran = _counted(case.seq_len, case.source_len, precision_of_passes(case.engine, precision), recompute)
     holder = Holder(shape, case.engine, case.ep, world, precision, case.optimizer)
-    return memory_of(holder, ran, case.micro_batch, case.seq_len, case.accumulation > 1)
+    return memory_of(holder, ran, case.micro_batch, case.accumulation > 1)
 
 
 @cache
-def _counted(seq_len: int, precision: Precision, recompute: Recompute) -> tuple[ModelShape, Passes]:
+def _counted(
+    seq_len: int, source_len: int | None, precision: Precision, recompute: Recompute
+) -> tuple[ModelShape, Passes]:
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), {"model": MODEL})).model
-    return model_shape(model, seq_len), passes(model, seq_len, precision, recompute)
+    return model_shape(model, seq_len, source_len), passes(model, seq_len, source_len, precision, recompute)
 
 
 def compared(case: Case, folder: Path, ranks_per_node: int | None = None) -> dict[str, Any]:

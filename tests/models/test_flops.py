@@ -1,5 +1,6 @@
 """Operations of a model, against those that PyTorch's own counter sees."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,5 +69,16 @@ def test_operations_of_a_vit() -> None:
 def test_without_a_known_length_there_is_no_answer_and_linear_attention_needs_none() -> None:
     pair = config(kind=ModelKind.encoder_decoder, encoder=EncoderConfig())
     assert training_flops(pair, 256) is None
+    for changes in ({}, {"tie_embeddings": False, "num_kv_heads": 1}):
+        targets, sources = 9, 5
+        model_config = config(
+            kind=ModelKind.encoder_decoder,
+            encoder=EncoderConfig(num_layers=2, moe=replace(MOE, experts=[4])),
+            **changes,
+        )
+        flops = training_flops(model_config, targets, sources)
+        assert flops is not None
+        source_BS, length_B = torch.arange(sources)[None], torch.tensor([sources])
+        assert counted(model_config, source_BS, length_B, torch.arange(targets)[None]) == pytest.approx(targets * flops)
     linear = config(attention=AttentionConfig(kind="linear"))
     assert training_flops(linear, 8) == training_flops(linear, 4096)

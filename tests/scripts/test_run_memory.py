@@ -1,5 +1,6 @@
 """Memory of real runs against `twohop plan`: with two ranks within 5 %, in one process within 1 %."""
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,39 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import run_memory as bench
 
 MODEL = bench.MODEL | {"num_layers": 4, "moe": bench.MODEL["moe"] | {"experts": [4, 8]}}
+IMAGES = {
+    "kind": "vit", "vocab_size": 10, "dim": 256, "num_layers": 4, "num_heads": 8, "ffn_dim": 1024,
+    "moe": {"experts": [4, 8], "every": 2, "router": {"name": "noisy", "top_k": 2}},
+}  # fmt: skip
+PAIRS = MODEL | {
+    "kind": "encoder_decoder", "num_layers": 2, "num_tasks": 1,
+    "moe": {"experts": [8], "every": 2, "router": {"name": "task", "top_k": 2}},
+    "encoder": {"num_layers": 2, "moe": {"experts": [4], "every": 2, "router": {"top_k": 1}}},
+}  # fmt: skip
 
 
-def of_ranks(cases: list[bench.Case], folder: Path) -> list[dict[str, Any]]:
+def of_ranks(cases: list[bench.Case], folder: Path, model: dict[str, Any] = MODEL) -> list[dict[str, Any]]:
     """Each case on this world."""
-    with patch.object(bench, "MODEL", MODEL):
+    bench._counted.cache_clear()  # of another model
+    data = {"vit": of_digits, "encoder_decoder": of_pairs}.get(model.get("kind", ""), bench.data_of)
+    with patch.object(bench, "MODEL", model), patch.object(bench, "data_of", data):
         return [bench.compared(case, folder) for case in cases]
+
+
+def of_digits(folder: Path) -> dict[str, Any]:
+    return {"source": "digits", "valid_fraction": 0.2}
+
+
+def of_pairs(folder: Path) -> dict[str, Any]:
+    """Sources of 64 tokens and targets of 56: eight words of seven letters, of which one is a vowel that goes."""
+    draw = random.Random(0)
+
+    def word() -> str:
+        return "".join(draw.sample([*draw.choices("bcdfgh", k=6), "a"], 7))
+
+    (folder / "pairs.txt").write_text("\n".join(" ".join(word() for _ in range(8)) for _ in range(2000)))
+    tasks = {"tasks": ["no_vowels"]}
+    return {"source": "multitask", "files": [str(folder / "pairs.txt")], "multitask": tasks, "valid_fraction": 0.1}
 
 
 def test_memory_of_runs_is_as_planned(tmp_path: Path) -> None:
@@ -41,3 +69,19 @@ def test_passes_are_those_of_a_real_run(tmp_path: Path) -> None:
     cases.append(bench.Case("ddp", "bf16_params", (1, 1), 1, 2, 256))
     for result in run_distributed(of_ranks, 1, cases, tmp_path, timeout=300)[0]:
         assert abs(result["error"]) < 0.01, bench.row(result)
+
+
+def test_passes_of_images_and_of_pairs_are_those_of_a_real_run(tmp_path: Path) -> None:
+    for model, lengths in ((IMAGES, (16, None)), (PAIRS, (56, 64))):
+        cases = [
+            bench.Case("ddp", "bf16", (1, 1), 1, 16, lengths[0], recompute=mode, source_len=lengths[1])
+            for mode in ("none", "full")
+        ]
+        for result in run_distributed(of_ranks, 1, cases, tmp_path, model, timeout=300)[0]:
+            assert abs(result["error"]) < 0.01, bench.row(result)
+
+
+def test_memory_of_pairs_on_two_ranks_is_as_planned(tmp_path: Path) -> None:
+    cases = [bench.Case(engine, "fp32", (2, 2), 1, 8, 56, source_len=64) for engine in ("fsdp", "zero1")]
+    for result in run_distributed(of_ranks, 2, cases, tmp_path, PAIRS, timeout=300)[0]:
+        assert abs(result["error"]) < 0.05, bench.row(result)

@@ -1,6 +1,7 @@
 """`twohop plan`: what engines hold, times by hand, choices, and the command; the peak is in tests/scripts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from tests.tiny import tiny_config, write_corpus
 from twohop.comm import Topology, build_dispatcher
 from twohop.comm.network import Link, Network
 from twohop.models import ModelConfig, MoEConfig, build_model, grouped, init_weights
-from twohop.models.config import Residual, RouterConfig
+from twohop.models.config import EncoderConfig, ModelKind, Residual, RouterConfig, VisionConfig
 from twohop.trainer import cli
 from twohop.trainer.config import Precision, Recompute
 from twohop.trainer.config.plan import HardwareConfig, PlanConfig
@@ -26,7 +27,7 @@ from twohop.trainer.optimizers.optim import materialize_state
 from twohop.trainer.plan.hardware import GIB, GPUS
 from twohop.trainer.plan.holding import WIDTHS, Holder
 from twohop.trainer.plan.passes import passes
-from twohop.trainer.plan.search import candidates, search
+from twohop.trainer.plan.search import candidates, replay, search
 from twohop.trainer.plan.shape import ModelShape, model_shape
 from twohop.trainer.plan.steptime import MUON_ITERATIONS, Timer, gather_s, muon_flops
 from twohop.trainer.transforms.recompute import recompute_activations
@@ -65,7 +66,7 @@ def test_bytes_of_parameters_gradients_and_moments_are_those_of_the_engine(
 ) -> None:
     write_corpus(tmp_path)
     model = tiny_config(tmp_path, "model.vocab_size=30").model
-    shape = model_shape(model, 16)
+    shape = model_shape(model, 16, None)
     for ep_sizes in ([2, 4], [1, 2]):
         held = run_distributed(bytes_of_engine, 4, tmp_path, engine, optimizer, ep_sizes)
         holder = Holder(shape, engine, tuple(ep_sizes), 4, Precision.fp32, optimizer)
@@ -91,7 +92,7 @@ def operations_of_a_pass(mode: Recompute) -> float:
 
 @pytest.mark.parametrize("mode", Recompute)
 def test_operations_are_those_of_a_real_pass(mode: Recompute) -> None:
-    counted = passes(SMALL, 64, Precision.fp32, mode)
+    counted = passes(SMALL, 64, None, Precision.fp32, mode)
     rows = 64 * 2
     attention = 2 * 2 * SMALL.num_layers * 64 * 64 * SMALL.dim * (2 if mode in AGAIN else 1)
     assert counted.operations + sum(counted.expert_operations) - attention == operations_of_a_pass(mode)
@@ -102,9 +103,70 @@ def test_operations_are_those_of_a_real_pass(mode: Recompute) -> None:
     assert counted.combined == (1, 1)
 
 
+PAIR = replace(
+    SMALL, kind=ModelKind.encoder_decoder, moe=replace(SMALL.moe, residual=Residual.none),
+    encoder=EncoderConfig(num_layers=3, moe=MoEConfig(experts=[4], every=3, router=RouterConfig(top_k=1))),
+)  # fmt: skip
+IMAGES = ModelConfig(
+    kind=ModelKind.vit, vocab_size=10, dim=32, num_layers=2, num_heads=2, ffn_dim=48, vision=VisionConfig(),
+    moe=MoEConfig(experts=[4], router=RouterConfig(name="noisy", top_k=2)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pair", "images"])
+def test_operations_of_pairs_and_images_are_those_of_a_real_pass(kind: str) -> None:
+    """And both what a formula says, in which attention takes part."""
+    sources, targets = 24, 16
+    if kind == "pair":
+        config, lengths = PAIR, (targets, sources)
+        inputs = (torch.zeros(1, sources, dtype=torch.int64), torch.tensor([sources]), torch.arange(targets)[None])
+        pairs = 3 * sources**2 + 4 * (targets**2 + targets * sources)
+        rows = (1 * sources, 2 * targets, 2 * targets)  # the encoder's router has K 1
+    else:
+        config, lengths, inputs = IMAGES, (16, None), (torch.zeros(1, 1, 8, 8),)
+        pairs, rows = 2 * 16**2, (2 * 16,)
+    counted = passes(config, *lengths, Precision.fp32, Recompute.none)
+    model = build_model(config)
+    init_weights(model, 0)
+    with patch.object(grouped, "_grouped_mm_is_defined", lambda *_: False), FlopCounterMode(display=False) as counter:
+        model.train()(*inputs).logits.square().sum().backward()
+    assert counted.expert_operations == tuple(4 * 2 * n * config.dim * config.ffn_dim for n in rows)
+    attention, real = 2 * 2 * pairs * config.dim, counter.get_total_flops()
+    assert counted.operations - attention + sum(counted.expert_operations) == real
+    of_pixels = 2 * 16 * 4 * config.dim if kind == "images" else 0  # which need no gradients
+    assert model_shape(config, *lengths).sequence_flops == real + 3 * attention + of_pixels
+
+
+def test_each_side_of_a_pair_carries_its_own_tokens() -> None:
+    """Bytes by hand: half of the ranks that hold one of a token's experts are on the other node."""
+    config = PlanConfig(
+        model=PAIR, cluster=HardwareConfig(nodes=2, gpus_per_node=2), global_batch=8, micro_batches=[2], seq_len=16,
+        source_len=24, ep_size=4, dispatchers=["flat"], chunks=[1], wires=["fp32"], engines=["ddp"],
+    )  # fmt: skip
+    pair = model_shape(PAIR, *config.lengths)
+    assert [(layer.side, layer.tokens, layer.top_k) for layer in pair.layers] == [
+        ("encoder", 24, 1),
+        ("decoder", 16, 2),
+        ("decoder", 16, 2),
+    ]
+    assert {parameter.block for parameter in pair.parameters.values()} == {-1, *range(7)}
+    assert pair.parameters["encoder.2.moe.experts.down"].block == 2
+    assert pair.parameters["decoder.0.attention.wq.weight"].block == 3
+    timer = Timer(config, pair)
+    best = search(timer).best
+    holders = (1, 2, 4 * (1 - 15 / 28))  # the last layer has 2 experts on each rank: C(6, 2) of C(8, 2) pairs miss it
+    for simulated, layer, ranks in zip(replay(timer, best), pair.layers, holders, strict=True):
+        sent, messages = simulated.sent["between nodes"]["dispatch"]
+        assert sent == pytest.approx([2 * layer.tokens * ranks / 2 * 4 * PAIR.dim] * 2)  # of both ranks of a node
+        assert messages == [2, 2]
+    rows = 2 * (24 * 1 + 16 * 2 + 16 * 2)
+    assert best.experts_s == pytest.approx(3 * rows * 4 * PAIR.dim * PAIR.ffn_dim / timer.flops)
+    assert best.memory.plans == 80 * rows
+
+
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return model_shape(SMALL, 64)
+    return model_shape(SMALL, 64, None)
 
 
 RAN: dict[Any, Any] = {}  # passes of SMALL, which no cluster changes
@@ -283,7 +345,17 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.Captu
         (["global_batch=6"], "global_batch=6 is no multiple of 4 ranks"),
         (["ep_size=3"], "ep_size=3 does not divide both the 4 ranks and the 4 experts"),
         (["cost_file=nowhere.json"], "cost_file: cost file nowhere.json cannot be read"),
-        (["model=vmoe"], "model.kind=vit: only decoders can be planned so far"),
+        (["source_len=8"], "source_len=8 has no use with model.kind=decoder: leave it out"),
+        (["model=vmoe", "seq_len=null"], "vocab_size=null: set it to the number of the images' classes"),
+        (["model=vmoe", "vocab_size=10"], "seq_len=64 has no use with model.kind=vit: leave it out"),
+        (["model=task_moe"], "model.num_tasks=null: the task router needs it"),
+        (["model=task_moe", "source_len=65"], "source_len=65: use 1 to model.max_seq_len=64, or null"),
+        (
+            ["model.moe.router.name=task", "model.num_tasks=3"],
+            "router.name=task: this model or its data knows no tasks",
+        ),
+        (["model.moe.cache.enabled=true"], "model.moe.cache.enabled=true: what is kept of samples cannot be planned"),
+        (["model.moe.expert_bits=8"], "model.moe.expert_bits=8: such experts are not trained"),
     ],
 )
 def test_wrong_input_is_one_line(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,5 +39,11 @@ def check(config: PlanConfig) -> None:
     refused = engines_refused(config)
     if len(refused) == len(config.engines):
         raise ConfigError(f"{refused[config.engines[0]]} goes with none of engines={config.engines}: add ddp")
+    stacks = [config.model] if config.model.encoder is None else [config.model, config.model.encoder_stack]
+    for moe in (stack.moe for stack in stacks):
+        if moe.cache.enabled:
+            raise ConfigError("model.moe.cache.enabled=true: what is kept of samples cannot be planned: leave it out")
+        if moe.expert_bits is not None:
+            raise ConfigError(f"model.moe.expert_bits={moe.expert_bits}: such experts are not trained: leave it out")
     micro_batches(config)
     layouts(config)

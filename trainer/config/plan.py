@@ -7,6 +7,7 @@ from twohop.models.config import ModelConfig, ModelKind
 from twohop.trainer.config.checks import listed, require, require_at_least
 from twohop.trainer.config.training import Precision, Recompute
 
+GPT2_VOCABULARY = 50257
 PLANNED_ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2")  # zeroN: deepspeed with engine.zero_stage=N
 
 
@@ -48,12 +49,13 @@ class PlanConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: HardwareConfig = field(default_factory=HardwareConfig)
-    seq_len: int | None = None  # null: model.max_seq_len
+    seq_len: int | None = None  # null: model.max_seq_len; of images: their patches
+    source_len: int | None = None  # tokens of a source, of kind=encoder_decoder; null: seq_len
     global_batch: int = 512  # sequences a step
     precision: Precision = Precision.bf16
     fp8_experts: bool = False  # as engine.fp8_experts
     optimizer: str = "adamw"  # or muon
-    vocab_size: int = 50257  # of a model that takes it from its data
+    vocab_size: int | None = None  # of a model that takes it from its data; null: 50257, as GPT-2, of text
     engines: list[str] = field(default_factory=lambda: list(PLANNED_ENGINES))
     recompute: list[Recompute] = field(default_factory=lambda: list(Recompute))  # as train.recompute
     micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
@@ -65,15 +67,8 @@ class PlanConfig:
     json: str | None = None  # where to write all that is printed
 
     def __post_init__(self) -> None:
-        require(
-            self.model.kind is ModelKind.decoder,
-            f"model.kind={self.model.kind.value}: only decoders can be planned so far",
-        )
-        require_at_least(1, "plan", self, "global_batch", "vocab_size")
-        require(
-            self.seq_len is None or 1 <= self.seq_len <= self.model.max_seq_len,
-            f"seq_len={self.seq_len}: use 1 to model.max_seq_len={self.model.max_seq_len}, or null for the latter",
-        )
+        require_at_least(1, "plan", self, "global_batch")
+        self._check_sequences()
         for key in ("engines", "recompute", "micro_batches", "dispatchers", "chunks", "wires"):
             require(bool(getattr(self, key)), f"{key}=[]: name at least one value")
         for key in ("micro_batches", "chunks"):
@@ -90,3 +85,28 @@ class PlanConfig:
             len(self.ep_size) in (0, 1, layers),
             f"ep_size={self.ep_size} lists {len(self.ep_size)} layers, but the model has {layers} MoE layers",
         )
+
+    @property
+    def lengths(self) -> tuple[int, int | None]:
+        """Tokens of a sequence, and of its source in a model that has one."""
+        if self.model.vision is not None:
+            return self.model.vision.num_patches, None
+        seq_len = self.seq_len or self.model.max_seq_len
+        is_pair = self.model.kind is ModelKind.encoder_decoder
+        return seq_len, (self.source_len or seq_len) if is_pair else None
+
+    def _check_sequences(self) -> None:
+        kind, longest = self.model.kind, self.model.max_seq_len
+        with_source = kind is ModelKind.encoder_decoder
+        for key, has_use in (("seq_len", kind is not ModelKind.vit), ("source_len", with_source)):
+            value = getattr(self, key)
+            require(value is None or has_use, f"{key}={value} has no use with model.kind={kind.value}: leave it out")
+            require(
+                value is None or 1 <= value <= longest,
+                f"{key}={value}: use 1 to model.max_seq_len={longest}, or null",
+            )
+        is_known = self.model.vocab_size is not None or self.vocab_size is not None
+        require(is_known or kind is not ModelKind.vit, "vocab_size=null: set it to the number of the images' classes")
+        require(self.vocab_size is None or self.vocab_size >= 1, f"vocab_size={self.vocab_size}: use a positive number")
+        if self.vocab_size is None:
+            self.vocab_size = GPT2_VOCABULARY

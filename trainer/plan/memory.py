@@ -42,18 +42,17 @@ def precision_of_passes(engine: str, precision: Precision) -> Precision:
     return Precision.bf16_params if engine == "fsdp" and precision is Precision.bf16 else precision
 
 
-def memory_of(holder: Holder, passes: Passes, micro_batch: int, seq_len: int, accumulates: bool) -> Memory:
+def memory_of(holder: Holder, passes: Passes, micro_batch: int, accumulates: bool) -> Memory:
     """Memory of a rank.
 
     Args:
         holder: the rank.
         passes: of the model, in `precision_of_passes`.
         micro_batch: sequences.
-        seq_len: tokens of a sequence.
         accumulates: a step has more than one micro-batch.
     """
     made_P = passes.once_P + micro_batch * passes.each_P + passes.copies_PL @ holder.local_experts
-    plans = PLAN_BYTES * len(holder.shape.layers) * micro_batch * seq_len * holder.shape.config.moe.router.top_k
+    plans = PLAN_BYTES * micro_batch * sum(layer.tokens * layer.top_k for layer in holder.shape.layers)
     moments = _fsdp if holder.engine == "fsdp" else _whole
     gradients, made, kept, buffers = max(
         (
@@ -136,7 +135,8 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
     for start, end in _runs(block_P):
         block = int(block_P[start])
         own = groups[block] if block != ROOT else {}
-        following = groups.get(block - 1 if block != ROOT else holder.shape.config.num_layers - 1, {})
+        after = block_P[end:][block_P[end:] != ROOT]  # blocks whose turn comes later
+        following = groups[int(after[0])] if len(after) else {}
         weights = width * (root + sum(own.values()) + max(following.values(), default=0.0))
         inside_P = arrived_P[start:end] - arrived_P[start]
         gradients_P = width * (outside + inside_P) + NUMBER * (shared + waiting)

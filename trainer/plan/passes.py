@@ -1,8 +1,8 @@
 """Forward and backward of a micro-batch on tensors without memory: what is alive when, and how much is multiplied.
 
 The model's own code runs, recomputation included, so that whatever it comes to keep is counted. Only the dispatcher is
-a stand-in (see `stand_in`). Time is cut where a parameter gets its gradient, so that any engine's gradients can be laid
-beside the rest.
+a stand-in (see `stand_in`), and sequences have no padding that could be left out. Time is cut where a parameter gets
+its gradient, so that any engine's gradients can be laid beside the rest.
 
 Shapes: P moments, L MoE layers.
 """
@@ -64,7 +64,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the class."""
-        out = func(*args, **(kwargs or {}))
+        out = _without_padding(func, args) if _leaves_out(func, args) else func(*args, **(kwargs or {}))
         if func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # torch has no count
             self.operations += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
         elif func._overloadpacket in flop_registry:
@@ -116,6 +116,21 @@ class _Watch(TorchDispatchMode):
         return self.rest, self.copies_L.copy(), len(self.done)
 
 
+def _leaves_out(func: Any, args: Any) -> bool:
+    """Whether an operation takes what a mask lets through: how much that is only its values can tell."""
+    takes = func in (torch.ops.aten.index.Tensor, torch.ops.aten.masked_scatter_backward.default)
+    return takes and (args[1][0] if isinstance(args[1], (list, tuple)) else args[1]).dtype is torch.bool
+
+
+def _without_padding(func: Any, args: Any) -> Tensor:
+    """What such an operation makes where the mask lets everything through."""
+    if func is torch.ops.aten.masked_scatter_backward.default:
+        grad, _, sizes = args
+        return grad.new_empty(sizes)
+    x, (mask,) = args
+    return x.new_empty(mask.numel(), *x.shape[mask.dim() :])
+
+
 @dataclass(eq=False)
 class _Made:
     """A storage: of which layer's experts, -1 for none; bytes, of one expert if it is theirs."""
@@ -124,9 +139,11 @@ class _Made:
     size: float
 
 
-def passes(config: ModelConfig, seq_len: int, precision: Precision, recompute: Recompute) -> Passes:
-    """Run one sequence, and two; a few seconds for a large model."""
-    one, two = (_run(config, seq_len, sequences, precision, recompute) for sequences in (1, 2))
+def passes(
+    config: ModelConfig, seq_len: int, source_len: int | None, precision: Precision, recompute: Recompute
+) -> Passes:
+    """Run one sequence, and two; a few seconds for a large model. Lengths as in `model_shape`."""
+    one, two = (_run(config, (seq_len, source_len), sequences, precision, recompute) for sequences in (1, 2))
     (rest_1P, copies_PL, done_P), (rest_2P, _, _) = (
         tuple(np.array(column, dtype=np.float64) for column in zip(*watch.points, strict=True))
         for watch, _ in (one, two)
@@ -147,7 +164,7 @@ def passes(config: ModelConfig, seq_len: int, precision: Precision, recompute: R
 
 
 def _run(
-    config: ModelConfig, seq_len: int, sequences: int, precision: Precision, recompute: Recompute
+    config: ModelConfig, lengths: tuple[int, int | None], sequences: int, precision: Precision, recompute: Recompute
 ) -> tuple[_Watch, list[StandIn]]:
     ways = stand_ins(config)
     with FakeTensorMode(), grouped_products():
@@ -157,12 +174,34 @@ def _run(
             for parameter in set(model.parameters()) - routers:
                 parameter.data = parameter.data.bfloat16()
         recompute_activations(model, recompute)
-        ids_BT = torch.zeros(sequences, seq_len, dtype=torch.int64)
+        inputs, targets = _batch(config, sequences, *lengths)
         with _Watch(model.train(), len(ways)) as watch:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision is Precision.bf16):
-                output = model(ids_BT)
+                output = model(**inputs)
                 losses = [loss for stats in output.moe for loss in stats.losses.values()]
-                loss = torch.stack([cross_entropy_sum(output.logits, ids_BT), *losses]).sum()
+                losses += output.losses.values()
+                loss = torch.stack([cross_entropy_sum(output.logits, targets), *losses]).sum()
             del output  # as the training loop does
             loss.backward()
     return watch, ways
+
+
+def _batch(
+    config: ModelConfig, sequences: int, seq_len: int, source_len: int | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the loader would bring (see `twohop.trainer.data`): inputs by name, and targets."""
+    per_sequence = torch.zeros(sequences, dtype=torch.int64)
+    if config.vision is not None:
+        images = torch.zeros(sequences, config.vision.channels, config.vision.image_size, config.vision.image_size)
+        return {"images_BCHW": images}, per_sequence
+    ids_BT = torch.zeros(sequences, seq_len, dtype=torch.int64)
+    if source_len is None:
+        return {"ids_BT": ids_BT}, ids_BT
+    inputs = {
+        "source_BS": torch.zeros(sequences, source_len, dtype=torch.int64),
+        "source_length_B": per_sequence,
+        "ids_BT": ids_BT,
+        "length_B": torch.zeros_like(per_sequence),
+        "task_B": torch.zeros_like(per_sequence),
+    }
+    return inputs, torch.zeros_like(ids_BT)

@@ -12,6 +12,7 @@ from rich.table import Table
 from twohop.comm.simulate import Simulated
 from twohop.trainer.plan.hardware import GIB
 from twohop.trainer.plan.search import Candidate, Found
+from twohop.trainer.plan.shape import LayerShape
 from twohop.trainer.plan.steptime import Timer
 
 LEVELS = ("between nodes", "inside node")
@@ -21,14 +22,14 @@ WIDTH = 118  # where the terminal does not say
 def as_dict(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> dict[str, Any]:
     """Everything that `show` prints."""
     shape, best, config = timer.shape, found.best, timer.config
-    targets = config.global_batch * timer.seq_len
+    targets = config.global_batch * shape.targets
     return {
         "model": {"name": shape.config.name, "parameters": shape.total, "active": shape.active},
         "cluster": asdict(config.cluster),
         "best": _candidate(best),
         "step_s": best.step_s,
-        "tokens_per_s": targets / best.step_s,
-        "mfu": shape.token_flops * targets / (best.step_s * config.cluster.world * timer.peak_flops),
+        f"{_unit(timer)}_per_s": targets / best.step_s,
+        "mfu": shape.target_flops * targets / (best.step_s * config.cluster.world * timer.peak_flops),
         "traffic": {
             level: {"bytes": total[0], "messages": total[1]}
             for level, total in _traffic(timer, best, simulated).items()
@@ -70,13 +71,26 @@ def show(timer: Timer, found: Found, simulated: Sequence[Simulated]) -> None:
     cluster = timer.config.cluster
     print(
         f"{timer.shape.config.name}: {timer.shape.total:,} parameters, {timer.shape.active:,} used by a token; "
-        f"{cluster.nodes} nodes × {cluster.gpus_per_node} {cluster.gpu}, {timer.config.global_batch} × {timer.seq_len} "
-        f"tokens a step, {timer.config.precision.value}"
+        f"{cluster.nodes} nodes × {cluster.gpus_per_node} {cluster.gpu}, {_batch(timer)} a step, "
+        f"{timer.config.precision.value}"
     )
     console.print(_memory_table(timer, found))
     console.print(_time_table(timer, values, best))
     console.print(_choice_table(timer, found))
     print(_assumed(timer))
+
+
+def _unit(timer: Timer) -> str:
+    """What a model is trained for."""
+    return "images" if timer.config.model.vision is not None else "tokens"
+
+
+def _batch(timer: Timer) -> str:
+    seq_len, source_len = timer.config.lengths
+    of_each = f"{timer.config.global_batch} × {seq_len}"
+    if timer.config.model.vision is not None:
+        return f"{of_each} patches"
+    return f"{of_each} tokens" + (f" from sources of {source_len}" if source_len is not None else "")
 
 
 def _assumed(timer: Timer) -> str:
@@ -136,7 +150,8 @@ def _time_table(timer: Timer, values: dict[str, Any], best: Candidate) -> Table:
     for name, seconds, remark in rows:
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / best.step_s:.0%}", remark)
     table.add_section()
-    speed = f"{values['tokens_per_s']:,.0f} tokens/s, MFU {values['mfu']:.1%}"
+    unit = _unit(timer)
+    speed = f"{values[f'{unit}_per_s']:,.0f} {unit}/s, MFU {values['mfu']:.1%}"
     table.add_row("together", f"{best.step_s * 1e3:.1f}", "", speed)
     for level, traffic in values["traffic"].items():
         table.add_row(level, "", "", f"{traffic['bytes'] / 1e9:,.1f} GB in {traffic['messages']:,} messages, all ranks")
@@ -160,7 +175,8 @@ def _choice_table(timer: Timer, found: Found) -> Table:
                 fastest.setdefault(getattr(way, key), way.seconds)
             value, *rest = fastest
             costs = [f"{other} +{fastest[other] / ways[0].seconds - 1:.1%} of the layer" for other in rest]
-            table.add_row(f"{choice}, {layer.num_experts} experts", str(value), ", ".join(costs) or "–")
+            which = " ".join([*filter(None, [layer.side]), f"{layer.num_experts} experts"])
+            table.add_row(f"{choice}, {which}", str(value), ", ".join(costs) or "–")
     return table
 
 
@@ -185,11 +201,11 @@ def _more(candidate: Candidate, best: Candidate) -> str:
     return f"{(candidate.memory.peak - best.memory.peak) / GIB:+.1f} GiB"
 
 
-def _distinct_layers(timer: Timer) -> list[tuple[Any, int]]:
-    """A layer of each number of experts, and its index."""
-    first: dict[int, tuple[Any, int]] = {}
+def _distinct_layers(timer: Timer) -> list[tuple[LayerShape, int]]:
+    """A layer of each shape, and its index."""
+    first: dict[LayerShape, tuple[LayerShape, int]] = {}
     for index, layer in enumerate(timer.shape.layers):
-        first.setdefault(layer.num_experts, (layer, index))
+        first.setdefault(layer, (layer, index))
     return list(first.values())
 
 

@@ -16,15 +16,18 @@ from twohop.trainer.plan.steptime import Timer
 def make_plan(config: PlanConfig) -> float:
     """Find the best plan, print it, write it if asked to, and return the predicted seconds of a step.
 
-    Raises ConfigError if nothing fits into memory, or the cost file cannot be read.
+    Raises ConfigError if nothing fits into memory, the model cannot be built, or the cost file cannot be read.
     """
     try:
         measured = CostModel.load(Path(config.cost_file).expanduser()) if config.cost_file else None
     except ValueError as error:
         raise ConfigError(f"cost_file: {error}") from None
     model = replace(config.model, vocab_size=config.model.vocab_size or config.vocab_size)
-    timer = Timer(config, model_shape(model, config.seq_len or model.max_seq_len), measured)
-    found = search(timer)
+    try:
+        timer = Timer(config, model_shape(model, *config.lengths), measured)
+        found = search(timer)
+    except ValueError as error:  # there is no such model, or it asks for what its inputs do not say
+        raise ConfigError(str(error)) from None
     simulated = replay(timer, found.best)
     show(timer, found, simulated)
     if config.json:

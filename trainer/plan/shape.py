@@ -13,8 +13,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The experts of one MoE layer."""
+    """The experts of one MoE layer, and who comes to them."""
 
+    side: str  # encoder or decoder, of a model that has both; "" of others
+    tokens: int  # of a sequence
+    top_k: int
     num_experts: int
     expert_shapes: tuple[Shape, ...]  # of the parameters of one expert
 
@@ -23,6 +26,11 @@ class LayerShape:
         """Parameters of one expert."""
         return sum(math.prod(shape) for shape in self.expert_shapes)
 
+    @property
+    def token_flops(self) -> float:
+        """Of the experts of one token in the forward pass."""
+        return 2.0 * self.top_k * self.expert_size
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -30,7 +38,7 @@ class Parameter:
 
     shape: Shape
     layer: int  # number of the MoE layer whose experts it belongs to; -1: of none
-    block: int  # number of its block; -1: outside of blocks
+    block: int  # number of its block, an encoder's first; -1: outside of blocks
     branch: str  # of an MoE layer, that computes by itself: router, shared, residual.mlp, residual.mix; "": none
     is_matrix: bool  # it would be Muon's
 
@@ -48,8 +56,9 @@ class ModelShape:
     total: int  # parameters
     active: int  # of these, used by a token
     parameters: dict[str, Parameter]
-    layers: tuple[LayerShape, ...]  # MoE layers
-    token_flops: float  # forward and backward
+    layers: tuple[LayerShape, ...]  # MoE layers, an encoder's first
+    targets: int  # of a sequence: its tokens, those of its target side, or one class of an image
+    target_flops: float  # of the whole model for each of them, forward and backward
 
     @property
     def dense(self) -> list[Parameter]:
@@ -61,34 +70,52 @@ class ModelShape:
         """Parameters without experts."""
         return sum(parameter.size for parameter in self.dense)
 
-    def expert_flops(self, layer: LayerShape) -> float:
-        """Of one token in the forward pass of a layer's experts."""
-        return 2.0 * self.config.moe.router.top_k * layer.expert_size
+    @property
+    def sequence_flops(self) -> float:
+        """Of a whole sequence, forward and backward."""
+        return self.targets * self.target_flops
 
 
-def model_shape(config: ModelConfig, seq_len: int) -> ModelShape:
-    """Builds the model on the meta device."""
+def model_shape(config: ModelConfig, seq_len: int, source_len: int | None) -> ModelShape:
+    """Builds the model on the meta device.
+
+    Args:
+        config: with vocab_size, and where a router asks for it num_tasks, filled in.
+        seq_len: tokens of a sequence, on the target side if there are two; of an image, its patches count instead.
+        source_len: tokens on the source side of an encoder-decoder.
+    """
     model = build_model(config, device="meta")
+    tokens = seq_len if config.vision is None else config.vision.num_patches
     experts, matrices = expert_parameters(model), hidden_matrices(model)
     number = {layer: i for i, (_, layer) in enumerate(model.moe_layers())}
+    blocks = {block: i for i, block in enumerate(model.every_block())}
+    block_of = {f"{name}.": blocks[module] for name, module in model.named_modules() if module in blocks}
     parameters = {}
     for name, parameter in model.named_parameters():
         is_expert, path = name in experts, name.split(".")
         parameters[name] = Parameter(
             shape=tuple(parameter.shape[1:] if is_expert else parameter.shape),
             layer=number[experts[name]] if is_expert else -1,
-            block=int(path[1]) if path[0] == "blocks" else -1,
+            block=next((block for start, block in block_of.items() if name.startswith(start)), -1),
             branch=_branch(path),
             is_matrix=name in matrices,
         )
-    layers = [
-        LayerShape(layer.dispatcher.num_experts, tuple(tuple(p.shape[1:]) for p in layer.experts.parameters()))
-        for layer in number
-    ]
+    layers = []
+    for name, layer in model.moe_layers():
+        side = name.partition(".")[0] if source_len is not None else ""
+        layers.append(
+            LayerShape(
+                side=side,
+                tokens=source_len if side == "encoder" and source_len is not None else tokens,
+                top_k=layer.config.router.top_k,
+                num_experts=layer.dispatcher.num_experts,
+                expert_shapes=tuple(tuple(p.shape[1:]) for p in layer.experts.parameters()),
+            )
+        )
     total, active = parameter_counts(config)
-    flops = training_flops(config, seq_len)
-    assert flops is not None  # of decoders it is known
-    return ModelShape(config, total, active, parameters, tuple(layers), flops)
+    flops = training_flops(config, tokens, source_len)
+    assert flops is not None  # the length of sources is given
+    return ModelShape(config, total, active, parameters, tuple(layers), 1 if config.vision else tokens, flops)
 
 
 def _branch(path: list[str]) -> str:

@@ -5,6 +5,7 @@ Shapes: N tokens, K experts of a token, D model width, R rows at the experts, E 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -61,8 +62,10 @@ class StandIn(TokenDispatcher):
         counts = [planned.rows] + [0] * (self.num_local_experts - 1)
         rows_RD = _Copy.apply(sent_RD, planned.rows, getattr(experts, "dtype", tokens_ND.dtype))
         del sent_RD
-        weighed_RD = _Weigh.apply(experts(rows_RD, counts), planned.weights_NK, tokens_ND.dtype)
-        home_ND = _Sum.apply(_Exchange.apply(weighed_RD), len(tokens_ND))
+        expert_rows_RD = experts(rows_RD, counts)
+        # As there, nothing but the exchange holds what it sends.
+        home_RD = _Exchange.apply(_Weigh.apply(expert_rows_RD, planned.weights_NK, tokens_ND.dtype))
+        home_ND = _Sum.apply(home_RD, len(tokens_ND))
         self.combined += 1
         return home_ND, output
 
@@ -125,13 +128,15 @@ class _Sum(torch.autograd.Function):
 
 
 def stand_ins(config: ModelConfig) -> list[StandIn]:
-    """One for each MoE layer."""
-    factor = config.moe.capacity_factor
+    """One for each MoE layer, an encoder's first."""
+    stacks = [config] if config.encoder is None else [config.encoder_stack, config]
+    layers = [(stack.moe.capacity_factor, experts) for stack in stacks for experts in stack.experts_by_block if experts]
+    return [StandIn(number, experts, partial(_rows, factor)) for number, (factor, experts) in enumerate(layers)]
 
-    def rows(assignments: int) -> int:
-        return int(assignments * min(1.0, factor)) if factor else assignments
 
-    return [StandIn(layer, experts, rows) for layer, experts in enumerate(config.experts_by_layer)]
+def _rows(capacity_factor: float | None, assignments: int) -> int:
+    """That reach the experts."""
+    return int(assignments * min(1.0, capacity_factor)) if capacity_factor else assignments
 
 
 @contextmanager

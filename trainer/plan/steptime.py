@@ -64,7 +64,6 @@ class Timer:
         self.config, self.shape, self.measured = config, shape, measured
         self.gpu, self.network = GPUS[config.cluster.gpu], network_of(config.cluster)
         self.levels = (config.cluster.nodes, config.cluster.gpus_per_node)
-        self.seq_len = config.seq_len or config.model.max_seq_len
         is_fp32 = config.precision is Precision.fp32
         self.peak_flops = self.gpu.fp32_flops if is_fp32 else self.gpu.bf16_flops
         self.flops = self.peak_flops * config.cluster.efficiency
@@ -85,7 +84,7 @@ class Timer:
         """Of the model as the engine runs it; the first time a few seconds for a large model."""
         key = (precision_of_passes(engine, self.config.precision), recompute)
         if key not in self._passes:
-            self._passes[key] = passes(self.shape.config, self.seq_len, *key)
+            self._passes[key] = passes(self.shape.config, *self.config.lengths, *key)
         return self._passes[key]
 
     def _counted(self, recompute: Recompute) -> Passes:
@@ -97,7 +96,7 @@ class Timer:
         """All ways to carry the tokens of MoE layer `index`, the fastest first."""
         layer = self.shape.layers[index]
         again = self._again(index, recompute)
-        key = (layer.num_experts, ep_size, micro_batch, again)
+        key = (layer, ep_size, micro_batch, again)
         if key not in self._ways:
             block = self.block(ep_size)
             if block not in self._models:
@@ -114,16 +113,16 @@ class Timer:
 
     def workload(self, layer: LayerShape, micro_batch: int, wire: str) -> Workload:
         """Of a layer's dispatch for one micro-batch; the wire is that between nodes."""
-        dim, tokens = self.shape.config.dim, micro_batch * self.seq_len
+        dim, tokens = self.shape.config.dim, micro_batch * layer.tokens
         dtype = torch.bfloat16 if self.config.precision is Precision.bf16_params else torch.float32
         return Workload(
             tokens=tokens,
-            top_k=self.shape.config.moe.router.top_k,
+            top_k=layer.top_k,
             num_experts=layer.num_experts,
             row_bytes=dim * dtype.itemsize,
             between_row_bytes=FORMATS[wire].row_bytes(dim, dtype),
             inside_row_bytes=dim * dtype.itemsize,
-            experts_s=tokens * self.shape.expert_flops(layer) / self.expert_flops,
+            experts_s=tokens * layer.token_flops / self.expert_flops,
         )
 
     def _again(self, index: int, recompute: Recompute) -> tuple[float, float]:
@@ -154,12 +153,12 @@ class Timer:
 
     @cached_property
     def dense_flops(self) -> float:
-        """Of a token, forward and backward, without experts."""
-        return self.shape.token_flops - sum(3 * self.shape.expert_flops(layer) for layer in self.shape.layers)
+        """Of a sequence, forward and backward, without experts."""
+        return self.shape.sequence_flops - sum(3 * layer.tokens * layer.token_flops for layer in self.shape.layers)
 
     def dense_s(self, micro_batch: int, recompute: Recompute) -> float:
         """Arithmetic of a micro-batch, both passes, without experts."""
-        flops = self.seq_len * self.dense_flops
+        flops = self.dense_flops
         if recompute is not Recompute.none:
             flops += self._counted(recompute).operations - self._counted(Recompute.none).operations
         return micro_batch * flops / self.flops
