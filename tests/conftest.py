@@ -1,5 +1,6 @@
 """Settings that every test needs, and what tests of several folders share."""
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -12,6 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test fails because the machine was busy for a moment.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_finish() -> None:
+    """What all these modules have imported stays: collections, which are many, need not look through it."""
+    gc.freeze()
 
 
 @pytest.fixture

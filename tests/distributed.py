@@ -6,6 +6,7 @@ killed, all are replaced at the next call.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -138,6 +139,7 @@ def _collect(team: list[Worker], deadline: float, timeout: float, lost: Collecti
 def _serve(pipe: Connection) -> None:
     """A worker's life: one task after the other, until the parent closes the pipe."""
     torch.set_num_threads(1)
+    gc.freeze()  # collections would touch, and so copy, memory that the workers share
     # torch reads the size of its flight recorder once in a process: as `join_world` sets it.
     recorder = {"TORCH_FR_BUFFER_SIZE": "2000"}
     clean_env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | recorder
