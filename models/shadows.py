@@ -48,8 +48,7 @@ class Shadows:
 
     def plan(self, x_ND: Tensor, slots_NK: Tensor, weights_NK: Tensor, counts_on_device: bool = False) -> PlannedTwice:
         """As `TokenDispatcher.plan`; every rank of the EP group must call it, and `follow` afterwards."""
-        number_NK = self.number_E[slots_NK.clamp(min=0)]
-        home_NK = torch.where(slots_NK >= 0, number_NK, -1)
+        home_NK = torch.where(slots_NK >= 0, self.number_E[slots_NK], -1)
         away_NK = slots_NK.masked_fill(home_NK >= 0, -1)
         away = self.dispatcher.plan(x_ND, away_NK, weights_NK, counts_on_device)
         return PlannedTwice(away, self.at_home.plan(x_ND, home_NK, weights_NK, counts_on_device))

@@ -17,7 +17,7 @@ from twohop.models.moe import MoELayer
 from twohop.models.shadows import Shadows
 
 DIM, EXPERTS, TOKENS = 16, 8, 24
-SLOTS = (1, 2, 6)  # on ranks 0, 1 and 3 of 4; none on rank 2
+SLOTS = (1, 2, 7)  # on ranks 0, 1 and 3 of 4; none on rank 2
 
 
 def gradients_with(slots: tuple[int, ...], dispatcher: str, chunks: int, capacity: float | None) -> dict[str, Any]:
@@ -75,6 +75,25 @@ def test_shadows_change_the_order_of_sums_alone(dispatcher: str, chunks: int, ca
         weights = 3 * 2 * 16 * 24 * 8 * 2 * 3 // 4
         assert b["shadows"] == {"shadows": weights, "shadows backward": weights}
         assert a["shadows"] == {"shadows": 0, "shadows backward": 0}
+
+
+def gradient_of_bf16_rows() -> tuple[Any, Any]:
+    """Rows 1 and 2 of three on each of four ranks, and what each rank's row 1 gets of all ranks' gradients."""
+    topology = Topology.discover(ranks_per_node=2, timeout_s=30)
+    channel = Channel.make(topology, topology.ep_group, "layer 0", None, "shadows")
+    weight = (torch.arange(6).view(3, 2) + 8 * dist.get_rank()).bfloat16().requires_grad_()
+    (rows,) = fetch([weight], [1, 11], channel)
+    (rows * (256 if dist.get_rank() == 0 else 1)).sum().backward()
+    assert rows.dtype is weight.grad.dtype is torch.bfloat16
+    return rows.tolist(), weight.grad.tolist()
+
+
+def test_gradients_of_bf16_rows_are_added_up_in_fp32() -> None:
+    (rows, first), *others, (_, last) = run_distributed(gradient_of_bf16_rows, 4)
+    assert rows == [[2, 3], [28, 29]]
+    assert first == [[0, 0], [260, 260], [0, 0]]  # 259, rounded once; in bf16, 256 + 1 is 256
+    assert [gradient for _, gradient in others] == [[[0, 0]] * 3] * 2
+    assert last == [[0, 0], [0, 0], [260, 260]]
 
 
 def fetch_without_rank_1() -> str | None:

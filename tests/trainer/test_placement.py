@@ -18,7 +18,7 @@ from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train_step
-from twohop.trainer.placement import Placement
+from twohop.trainer.placement import Placement, _node
 from twohop.trainer.setup import set_up
 from twohop.trainer.validate.groups import validate
 
@@ -186,6 +186,26 @@ def test_nor_for_who_are_friends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert together_EE.tolist() == [[0, 0, 0, 0], [0, 0, 3, 0], [0, 3, 0, 0], [0, 0, 0, 0]]
 
 
+def test_what_is_not_better_stays_with_its_shadows(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", "placement.shadows=1")
+    placement = Placement(build_engine(build_model(config.model), config), config)
+    dispatcher = SimpleNamespace(num_experts=4, topology=SimpleNamespace(block=(1, 2)))
+    layer: Any = SimpleNamespace(
+        dispatcher=dispatcher, slots_E=torch.tensor([2, 3, 0, 1]), shadows=SimpleNamespace(slots=(1,))
+    )
+    slots_E, shadowed, before, after = placement._decide(layer, [(0, np.arange(8)[:, None] % 4)])
+    assert (slots_E.tolist(), shadowed) == ([2, 3, 0, 1], [3])
+    assert before == after
+
+
+def test_a_rank_knows_its_node() -> None:
+    layers: Any = [
+        SimpleNamespace(dispatcher=SimpleNamespace(topology=SimpleNamespace(ep_rank=rank, block=(2, 2))))
+        for rank in range(4)
+    ]
+    assert [_node(layer) for layer in layers] == [0, 0, 1, 1]
+
+
 def test_shadows_follow_experts_that_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", "placement.every=1")
     model = build_model(config.model)
@@ -206,6 +226,22 @@ def test_shadows_follow_experts_that_move(tmp_path: Path, monkeypatch: pytest.Mo
         assert layer.shadows.slots == (slots[0],)
         ((node, ids_TK),) = told[-2]
         assert (node, ids_TK.tolist()) == (5, [[0, 1]])  # what a rank tells the others
+
+
+def test_a_look_in_words_has_means_over_layers_and_of_nodes_only_where_there_are_some() -> None:
+    def entry(rows: float, load: float) -> dict[str, float]:
+        return {"rows_between_nodes": rows, "rank_load": load}
+
+    record = {
+        "0": {"moved": 3, "shadowed": [2], "before": entry(1.5, 2.0), "after": entry(0.5, 1.25)},
+        "1": {"moved": 0, "shadowed": [], "before": entry(1.0, 1.0), "after": entry(1.0, 1.0)},
+    }
+    assert _in_words(record) == (
+        "3 experts moved, 1 shadowed; a token sends 1.25 → 0.75 rows between nodes, "
+        "the fullest rank has 1.50 → 1.12 of the mean load"
+    )
+    record = {"0": {"moved": 4, "shadowed": [], "before": entry(0.0, 3.0), "after": entry(0.0, 1.5)}}
+    assert _in_words(record) == "4 experts moved; the fullest rank has 3.00 → 1.50 of the mean load"
 
 
 @pytest.mark.parametrize(

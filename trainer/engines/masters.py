@@ -34,8 +34,7 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round changed masters into the model."""
-        if self.is_split:
-            torch._foreach_copy_(list(self.pairs), list(self.pairs.values()))
+        torch._foreach_copy_(list(self.pairs), list(self.pairs.values()))
 
     def take_gradients(self) -> None:
         """Move the model's gradients to the masters, as fp32."""

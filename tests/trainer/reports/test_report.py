@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from twohop.trainer.errors import DataError
 from twohop.trainer.monitoring.metrics import MetricsWriter, write_summary
-from twohop.trainer.reports.layer_plots import _load_map
-from twohop.trainer.reports.plots import phase_plot, svg, thin
+from twohop.trainer.reports.layer_plots import BALANCE, _load_map, balance_plot, load_plot
+from twohop.trainer.reports.plots import phase_plot, running_mean, svg, thin
 from twohop.trainer.reports.report import write_report
 
 PHASES = ("counts", "metadata", "dispatch", "combine", "combine backward", "dispatch backward")
@@ -175,6 +175,44 @@ def test_heat_map_shows_the_load_in_balanced_shares_and_long_runs_are_averaged()
     moe = [json.loads(json.dumps({"moe": {"a": {"load": row.tolist()}}})) for row in load]
     np.testing.assert_allclose(_load_map(moe[:100], "a"), 4 * load[:100].T)
     np.testing.assert_allclose(_load_map(moe, "a"), 4 * load.reshape(120, 10, 4).mean(axis=1).T)
+
+
+def test_every_layer_has_its_own_map_and_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps: list[tuple[np.ndarray, dict[str, Any]]] = []
+    curves: list[tuple[np.ndarray, np.ndarray, str | None]] = []
+    imshow, plot = Axes.imshow, Axes.plot
+    monkeypatch.setattr(Axes, "imshow", lambda axes, z, **how: maps.append((z, how)) or imshow(axes, z, **how))
+    monkeypatch.setattr(
+        Axes, "plot", lambda axes, x, y, **how: curves.append((x, y, how["label"])) or plot(axes, x, y, **how)
+    )
+    draw, layers = np.random.default_rng(0), [f"blocks.{n}" for n in range(9)]
+    moe = [
+        {"step": step, "moe": {n: {"load": draw.dirichlet([1.0] * 4).tolist(), **dict.fromkeys(BALANCE, draw.random())}
+                               for n in layers}}
+        for step in range(3, 90)
+    ]  # fmt: skip
+    moe[5]["moe"]["blocks.2"]["entropy"] = None  # the layer was left out of the step
+    load_plot(moe)
+    assert len(maps) == 9
+    for name, (shares, how) in zip(layers, maps, strict=True):
+        np.testing.assert_allclose(shares, 4 * np.array([record["moe"][name]["load"] for record in moe]).T)
+        assert how["extent"] == (3, 89, 3.5, -0.5)  # steps, and expert 0 at the top
+        assert (how["norm"].vmin, how["norm"].vcenter) == (0, 1)
+        assert 2 < how["norm"].vmax < max(shares.max() for shares, _ in maps)
+    load_plot([{"step": 1, "moe": {"a": {"load": [0.5, 0.5]}}}])
+    assert maps[-1][1]["extent"] == (1, 2, 1.5, -0.5)
+    assert maps[-1][1]["norm"].vmax == 2
+    balance_plot(moe)
+    for number, (steps, values, label) in enumerate(curves):
+        key, layer = divmod(number, 9)
+        plain = [record["moe"][layers[layer]][list(BALANCE)[key]] for record in moe]
+        np.testing.assert_array_equal(values, running_mean(np.array(plain, dtype=float)))
+        assert steps.tolist() == list(range(3, 90))
+        assert label == (layers[layer] if layer in (0, 8) else None)
+    assert len(curves) == 27
+    curves.clear()
+    balance_plot([{"step": 1, "moe": {name: moe[0]["moe"][name] for name in layers[:8]}}])
+    assert {label for *_, label in curves} == set(layers[:8])  # of few layers all are named
 
 
 def test_pictures_of_one_page_share_no_ids() -> None:
