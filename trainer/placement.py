@@ -148,7 +148,7 @@ def _in_words(record: dict[str, Any]) -> str:
     (rows, load), (later_rows, later_load) = means["before"], means["after"]
     shadowed = sum(len(entry["shadowed"]) for entry in record.values())
     shadows = f", {shadowed} shadowed" if shadowed else ""
+    crossing = f"a token sends {rows:.2f} → {later_rows:.2f} rows between nodes, " if rows else ""
     return (
-        f"{moved} experts moved{shadows}; a token sends {rows:.2f} → {later_rows:.2f} rows between nodes, "
-        f"the fullest rank has {load:.2f} → {later_load:.2f} of the mean load"
+        f"{moved} experts moved{shadows}; {crossing}the fullest rank has {load:.2f} → {later_load:.2f} of the mean load"
     )
