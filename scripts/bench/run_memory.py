@@ -6,8 +6,8 @@
 Trains a PR-MoE of 13 million parameters for three steps with each engine, over EP sizes, precisions and accumulation,
 and takes the peak of a step: the bytes of all tensors that are alive, in the mean of the ranks, because experts' loads
 differ and the plan's do not. Counted are allocations of torch on the CPU (see `live_tensors`). Left out is what gloo
-copies inside of its collectives. What one of gloo's threads frees last is seen late, so of each rank that one counts of
-the second and the third step in which less was alive.
+copies inside of its collectives. What one of gloo's threads frees last is seen late, so of the second and the third
+step the one counts in which less was alive.
 """
 
 import argparse
@@ -138,10 +138,9 @@ def measure(case: Case, config: Config, folder: Path) -> dict[str, float]:
         live.name("weights", run.model.parameters())
         live.name("moments", moments(run))
     peaks = [live.peak(since, until) for since, until in pairwise(starts[1:])]  # moments come with the first step
-    least = min(peaks, key=lambda peak: sum(peak.values()))
-    mean_4 = torch.tensor([float(least[part]) for part in PARTS]) / dist.get_world_size()
-    dist.all_reduce(mean_4)
-    return dict(zip(PARTS, mean_4.tolist(), strict=True))
+    mean_S4 = torch.tensor([[float(peak[part]) for part in PARTS] for peak in peaks]) / dist.get_world_size()
+    dist.all_reduce(mean_S4)
+    return dict(zip(PARTS, min(mean_S4.tolist(), key=sum), strict=True))
 
 
 def gradients(run: Run) -> list[torch.Tensor]:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.comm.reference import make_case
 from tests.distributed import run_distributed
-from twohop.comm import Topology, TrafficMeter, build_dispatcher
+from twohop.comm import Topology, TrafficMeter, build_dispatcher, pipeline
 from twohop.comm.exchange import Channel, Pending
 from twohop.comm.schedule import schedule
+from twohop.comm.wiring import Direction
 
 EXPERTS, D = 8, 4
 HOPS_AND_CHUNKS = [(hops, chunks) for hops in range(4) for chunks in range(1, 9)]
@@ -98,3 +100,49 @@ def test_order_of_events(name: str) -> None:
             experts_of_first = max(i for i, e in enumerate(backward) if e == "experts backward")
             assert backward.index("start metadata backward") < experts_of_first
             assert backward[-1] == "wait metadata backward"
+
+
+def held_on_this_rank(case: list[Any], name: str) -> dict[str, list[int]]:
+    """How many of the tensors that hops have brought, or sent home, are alive when the next thing is made of them."""
+    topology = Topology.discover(ranks_per_node=2, timeout_s=20)
+    dispatcher = build_dispatcher(name, topology, EXPERTS)
+    brought: list[StorageWeakRef] = []
+    sent_home: list[StorageWeakRef] = []
+    start, wait, up = pipeline._Transfer.start, pipeline._Transfer.wait, pipeline._up
+    alive: dict[str, list[int]] = {"experts": [], "sums": []}
+
+    def noted_start(self: Any, rows: torch.Tensor, backward: bool) -> None:
+        if self.direction is Direction.combine:
+            sent_home.append(StorageWeakRef(rows.untyped_storage()))
+        start(self, rows, backward)
+
+    def noted_wait(self: Any) -> torch.Tensor:
+        rows = wait(self)
+        if self.direction is Direction.dispatch:
+            brought.append(StorageWeakRef(rows.untyped_storage()))
+        return rows
+
+    def noted_up(rows: torch.Tensor, spread: Any) -> torch.Tensor:
+        alive["sums"].append(sum(not ref.expired() for ref in sent_home))
+        return up(rows, spread)
+
+    def experts(rows_RD: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        alive["experts"].append(sum(not ref.expired() for ref in brought))
+        return rows_RD * 2
+
+    x_ND, ids_NK, weights_NK, _ = case[topology.rank]
+    pipeline._Transfer.start, pipeline._Transfer.wait = noted_start, noted_wait  # type: ignore[method-assign]
+    pipeline._up = noted_up
+    try:
+        dispatcher.run(x_ND.requires_grad_(), ids_NK, weights_NK.requires_grad_(), experts)
+    finally:
+        pipeline._Transfer.start, pipeline._Transfer.wait, pipeline._up = start, wait, up  # type: ignore[method-assign]
+    return alive
+
+
+def test_rows_are_gone_as_soon_as_others_are_made_of_them() -> None:
+    """Those that dedup's two hops bring, and those that they take home."""
+    for alive in run_distributed(
+        held_on_this_rank, 4, make_case(3, [9, 4, 8, 6], 2, EXPERTS, D, torch.float32), "dedup"
+    ):
+        assert alive == {"experts": [0], "sums": [0, 0]}
