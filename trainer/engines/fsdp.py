@@ -46,7 +46,7 @@ class FsdpEngine(TorchEngine):
 
     def copies(self, name: str) -> int:
         """See `TorchEngine`: every share is held once."""
-        return world_size() if world_size() == 1 else 1
+        return 1
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """See `Engine`. Gradients are summed and shared out after the last micro-batch; a rank keeps them till then."""
