@@ -18,7 +18,7 @@ from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.initial import start_weights
 from twohop.trainer.loop import train_step
-from twohop.trainer.placement import Placement, _node
+from twohop.trainer.placement import Placement, _in_words, _node
 from twohop.trainer.setup import set_up
 from twohop.trainer.validate.groups import validate
 
