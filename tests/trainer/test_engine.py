@@ -5,6 +5,7 @@ Every engine is held to the same tests. DeepSpeed reduces and updates in fp32 on
 
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,9 +17,9 @@ from tests.distributed import run_distributed
 from tests.tiny import ENGINES, tiny_config, write_corpus
 from twohop.comm import Topology, build_dispatcher
 from twohop.models import Transformer, build_model, expert_parameters, init_weights
-from twohop.trainer.config import Precision
+from twohop.trainer.config import Config, Precision
 from twohop.trainer.engines import ENGINES as REGISTERED
-from twohop.trainer.engines import build_engine
+from twohop.trainer.engines import Engine, build_engine
 from twohop.trainer.engines import ddp as ddp_module
 from twohop.trainer.world import rank, world_size
 
@@ -97,7 +98,10 @@ def overrides(clip_norm: str) -> list[str]:
     ]
 
 
-def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str, *more: str) -> tuple:
+def trained(
+    directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str, routing: str, *more: str
+) -> tuple[list[float], Engine]:
+    """Gradient norms of some steps, and the engine after them."""
     config = tiny_config(directory, *ENGINES[engine_name], *overrides(clip_norm), *more)
     topology = Topology.discover()
     topologies = [topology.with_ep(ep_size) for ep_size in ep_sizes]
@@ -113,10 +117,39 @@ def train(directory: Path, engine_name: str, ep_sizes: list[int], clip_norm: str
                 loss = loss_of(engine.model, batch(step, index))
             engine.backward(loss, index + world_size() >= MICRO_BATCHES)
         norms.append(engine.step(1.0))
-    experts = expert_parameters(model)
+    return norms, engine
+
+
+def train(*args: Any) -> tuple:
+    """Gradient norms and last weights, those of experts with the number of the first."""
+    norms, engine = trained(*args)
+    experts = expert_parameters(engine.model)
     firsts = {name: layer.dispatcher.first_expert for name, layer in experts.items()}
     weights = {name: (firsts.get(name), whole(p.detach())) for name, p in engine.model.named_parameters()}
     return norms, weights
+
+
+def moments(directory: Path, engine_name: str) -> tuple[dict[str, Tensor], set[str]]:
+    """What a checkpoint would hold of the optimizer, and of what this rank keeps more in memory than its share."""
+    _, engine = trained(directory, engine_name, [2, 4], "0.05", "learned")
+    state = {name: tensor.detach() for name, tensor in engine.optimizer_state().items()}
+    shares = {name: tensor.to_local() for name, tensor in state.items() if isinstance(tensor, DTensor)}
+    larger = {name for name, share in shares.items() if share.untyped_storage().nbytes() > share.nbytes}
+    return {name: whole(tensor) for name, tensor in state.items()}, larger
+
+
+def lopsided(directory: Path, engine_name: str) -> float:
+    """The gradient norm of a step in which rank 1 has a gradient of the embedding alone, and that is 0."""
+    config = tiny_config(directory, *ENGINES[engine_name], *overrides("inf"))
+    topology = Topology.discover().with_ep(1)
+    model = build_model(config.model, lambda i, experts: build_dispatcher("dedup", topology, experts))
+    prepare(model, "learned", torch.float32)
+    engine = build_engine(model, config)
+    loss = loss_of(engine.model, batch(0, 0))
+    if rank() == 1:
+        loss = 0 * next(engine.model.parameters()).sum()
+    engine.backward(loss, True)
+    return engine.step(1.0)
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -159,6 +192,41 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path, 
     built.backward(loss_of(built.model, batch(0, 0)) * float("inf"), True)
     assert not torch.isfinite(torch.tensor(built.step(1.0)))
     assert all(torch.equal(a, whole(b)) for a, b in zip(before, built.model.parameters(), strict=True))
+
+    # Nothing of it is left in the next one, which has a learning rate of 0.
+    built.backward(loss_of(built.model, batch(0, 0)), True)
+    assert built.step(0.0) == pytest.approx(norm_in_one_process(config), rel=1e-5)
+    assert all(torch.equal(a, whole(b)) for a, b in zip(before, built.model.parameters(), strict=True))
+
+
+def norm_in_one_process(config: Config, seed: int = 0) -> float:
+    model = build_model(config.model)
+    init_weights(model, seed)
+    loss_of(model, batch(0, 0)).backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero-0", "zero-1"])
+def test_a_rank_may_have_no_gradient_where_others_have_one(tmp_path: Path, engine: str) -> None:
+    """As of a router whose plan it follows again."""
+    write_corpus(tmp_path)
+    expected = norm_in_one_process(tiny_config(tmp_path, *overrides("inf")), seed=1)
+    assert run_distributed(lopsided, 2, tmp_path, engine) == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_moments_are_the_same_whoever_holds_them(tmp_path: Path) -> None:
+    """Of experts, too, in the order of their numbers; and a share is no view of more."""
+    write_corpus(tmp_path)
+    (expected, _), *_ = run_distributed(moments, 4, tmp_path, "ddp")
+    for engine in ("fsdp", "zero-2"):
+        for found, larger in run_distributed(moments, 4, tmp_path, engine):
+            assert larger == set()
+            assert found.keys() == expected.keys()
+            for name, theirs in expected.items():
+                ours = found[name].double()
+                assert ours.shape == theirs.shape
+                # A gradient in fp32 is off by 1e-5 of its size, as above, and its square by twice that.
+                assert torch.linalg.vector_norm(ours - theirs) <= 1e-4 * torch.linalg.vector_norm(theirs.double()), name
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
