@@ -91,7 +91,12 @@ def _whole(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> 
         else:
             before = share if accumulates else 0.0
             yield _most(none_P + before, made_P, none_P + BUCKET)
-            yield before + (share if whole > BUCKET else 0.0), 0.0, BUCKET + copied
+            # Full buckets are sent amid the pass. Memory for the whole share is taken when the first has been.
+            full = np.searchsorted(arrived_P[:-1], np.arange(BUCKET, whole, BUCKET), side="right")
+            for number, at in enumerate(full):
+                yield before + (share if number else 0.0), float(made_P[at]), BUCKET + copied
+            last = min(copied, whole - BUCKET * len(full))
+            yield before + (share if len(full) else 0.0), 0.0, BUCKET + last
             yield before + share, 0.0, BUCKET
         yield share, 0.0, BUCKET + max(share, _copy_for_norm(holder))  # for the update
 
