@@ -3,11 +3,11 @@
 
     torchrun --nproc-per-node 4 scripts/bench/run_memory.py --json build/run_memory.json
 
-Trains a PR-MoE of 13 million parameters for three steps with each engine, over EP sizes, precisions and accumulation,
+Trains a PR-MoE of 13 million parameters for six steps with each engine, over EP sizes, precisions and accumulation,
 and takes the peak of a step: the bytes of all tensors that are alive, in the mean of the ranks, because experts' loads
 differ and the plan's do not. Counted are allocations of torch on the CPU (see `live_tensors`). Left out is what gloo
-copies inside of its collectives. What one of gloo's threads frees last is seen late, so of the second and the third
-step the one counts in which less was alive.
+copies inside of its collectives. What one of gloo's threads frees last is seen late, so of the steps after the first
+the one counts in which least was alive. Half an hour; `--engines` one after the other is quicker than all at once.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from twohop.trainer.plan.shape import ModelShape, model_shape
 from twohop.trainer.setup import Run, set_up
 from twohop.trainer.world import join_world
 
-MIB, STEPS = 2**20, 3
+MIB, STEPS = 2**20, 6
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2")
 PARTS = ("weights", "gradients", "moments", "rest")
 MODEL: dict[str, Any] = {
