@@ -1,14 +1,19 @@
 """Which memory of this process's tensors is alive, moment by moment: every allocation, from torch.profiler."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile, record_function
 
 MARK = "live tensors of "
+PAUSE_S = 3e-3
 
 
 class LiveTensors:
@@ -60,9 +65,19 @@ class LiveTensors:
 
 @contextmanager
 def recording() -> Iterator[LiveTensors]:
-    """Record what this process's tensors on the CPU allocate and free inside; it can be asked afterwards."""
-    live = LiveTensors()
-    with profile(profile_memory=True) as profiler:
+    """Record what this process's tensors on the CPU allocate and free inside; it can be asked afterwards.
+
+    What other threads free is not seen. So after each wait for an exchange gloo's threads get a moment to let go of its
+    tensors, that this one may be the last to hold them.
+    """
+    live, wait = LiveTensors(), dist.Work.wait
+
+    def wait_a_little_longer(work: dist.Work, *timeout: Any) -> bool:
+        done = wait(work, *timeout)
+        time.sleep(PAUSE_S)
+        return done
+
+    with patch.object(dist.Work, "wait", wait_a_little_longer), profile(profile_memory=True) as profiler:
         yield live
     stack = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while stack:

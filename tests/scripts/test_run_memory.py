@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from tests.distributed import run_distributed
+from twohop.models.routers.base import Routing, TokenInfo
+from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
 from twohop.trainer.config import Recompute
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
@@ -27,7 +31,6 @@ PAIRS = MODEL | {
 
 def of_ranks(cases: list[bench.Case], folder: Path, model: dict[str, Any] = MODEL) -> list[dict[str, Any]]:
     """Each case on this world."""
-    bench._counted.cache_clear()  # of another model
     data = {"vit": of_digits, "encoder_decoder": of_pairs}.get(model.get("kind", ""), bench.data_of)
     with patch.object(bench, "MODEL", model), patch.object(bench, "data_of", data):
         return [bench.compared(case, folder) for case in cases]
@@ -59,6 +62,26 @@ def test_memory_of_runs_is_as_planned(tmp_path: Path) -> None:
     ]
     for result in run_distributed(of_ranks, 2, cases, tmp_path, timeout=300)[0]:
         assert abs(result["error"]) < 0.05, bench.row(result)
+
+
+def with_a_crowd(case: bench.Case, folder: Path) -> dict[str, Any]:
+    """All tokens go to experts 0 and 1, and so to the first of two ranks."""
+
+    def choose(self: SoftmaxTopKRouter, logits_NE: torch.Tensor, about: TokenInfo) -> Routing:
+        first_E = torch.arange(self.num_experts) < 2
+        return plainly(self, logits_NE.masked_fill(~first_E, -1e4), about)
+
+    plainly = SoftmaxTopKRouter.choose
+    with patch.object(SoftmaxTopKRouter, "choose", choose):
+        return of_ranks([case], folder)[0]
+
+
+def test_memory_of_the_busiest_and_of_the_idlest_rank_is_as_planned(tmp_path: Path) -> None:
+    """Each with its own load, 2 and 0 times the mean; the result is the rank's whose plan is worse."""
+    case = bench.Case("ddp", "bf16", (2, 2), 1, 4, 256, recompute="full")
+    result = run_distributed(with_a_crowd, 2, case, tmp_path, timeout=300)[0]
+    assert result["rows"] in ([4096, 4096], [0, 0])
+    assert abs(result["error"]) < 0.02, bench.row(result)
 
 
 def test_passes_are_those_of_a_real_run(tmp_path: Path) -> None:

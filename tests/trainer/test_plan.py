@@ -29,6 +29,7 @@ from twohop.trainer.plan.holding import WIDTHS, Holder
 from twohop.trainer.plan.passes import passes
 from twohop.trainer.plan.search import candidates, replay, search
 from twohop.trainer.plan.shape import ModelShape, model_shape
+from twohop.trainer.plan.stand_in import stand_ins
 from twohop.trainer.plan.steptime import MUON_ITERATIONS, Timer, gather_s, muon_flops
 from twohop.trainer.transforms.recompute import recompute_activations
 
@@ -252,6 +253,44 @@ def test_recomputation_repeats_products_and_full_carries_rows_again(shape: Model
     assert full.backward_s - networks.backward_s == pytest.approx(dispatch / 2)
 
 
+def test_all_wait_for_the_busiest_rank_and_it_needs_most_memory(shape: ModelShape) -> None:
+    """Loads 1.5 and 3 of layers with EP 2: no rank of two can get more than twice the mean."""
+    given: dict[str, Any] = {
+        "global_batch": 16,
+        "engines": ["ddp"],
+        "micro_batches": [4],
+        "recompute": [Recompute.none],
+    }
+
+    def best(ep_size: int, rank_load: Any) -> Any:
+        cluster = {"nodes": 1, "gpus_per_node": 4}
+        return search(timer_of(shape, cluster, ep_size=ep_size, rank_load=rank_load, **given)).best
+
+    even, busy, busier = (best(2, load) for load in (None, [1.5, 3], 2))
+    assert [way.work.experts_s for way in busy.ways] == [
+        f * way.work.experts_s for f, way in zip((1.5, 2), even.ways, strict=True)
+    ]
+    assert busier.experts_s == pytest.approx(2 * even.experts_s)
+    assert busier.step_s > busy.step_s > even.step_s
+    assert busier.memory.peak > busy.memory.peak > even.memory.peak
+    assert busier.memory.weights == even.memory.weights
+    alone = best(1, 3)  # each rank has all experts: nobody else's rows come
+    assert alone.memory == best(1, None).memory
+    assert alone.step_s == best(1, None).step_s
+
+
+@pytest.mark.parametrize(("factor", "bound"), [(None, 2.0), (0.5, 1.0), (1.25, 1.25)])
+def test_capacity_bounds_what_a_busy_rank_gets(factor: float | None, bound: float) -> None:
+    model = replace(SMALL, moe=replace(SMALL.moe, capacity_factor=factor))
+    config = PlanConfig(model=model, cluster=HardwareConfig(), rank_load=3)
+    timer = Timer(config, model_shape(model, 64, None))
+    assert (timer.load(0, 2), timer.load(1, 1)) == (bound, 1.0)
+    ways = stand_ins(model, [bound, 0.25])
+    planned = [way.plan(torch.empty(8, 2), torch.empty(8, 2), torch.ones(8, 2)) for way in ways]
+    sent = 8 if factor == 0.5 else 16
+    assert [(plan.sent, plan.rows) for plan in planned] == [(sent, sent * bound), (sent, sent / 4)]
+
+
 def test_muon_multiplies_and_keeps_one_moment(shape: ModelShape) -> None:
     short, long = 8, 24
     matrix = torch.zeros(long, short)
@@ -307,6 +346,9 @@ def test_a_better_cluster_is_never_slower(shape: ModelShape) -> None:
         (lambda: PlanConfig(chunks=[0]), r"chunks contains 0"),
         (lambda: PlanConfig(seq_len=10**6), r"seq_len=1000000: use 1 to model\.max_seq_len=256"),
         (lambda: PlanConfig(model=SMALL, ep_size=[1, 2, 4]), r"ep_size=\[1, 2, 4\] lists 3 layers"),
+        (lambda: PlanConfig(model=SMALL, rank_load=[1, 2, 4]), r"rank_load=\[1, 2, 4\] lists 3 layers"),
+        (lambda: PlanConfig(rank_load="much"), r"rank_load=much: use null, a number from 1 up, or a list"),
+        (lambda: PlanConfig(rank_load=0.5), r"rank_load=\[0\.5\]: the busiest rank has the mean or more: use"),
         (lambda: PlanConfig(global_batch=0), r"global_batch=0"),
         (lambda: PlanConfig(recompute=[]), r"recompute=\[\]"),
         (lambda: PlanConfig(fp8_experts=True, precision=Precision.fp32), r"fp8_experts=true has bf16 results"),
@@ -325,11 +367,14 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     for word in ("used by a token", "GiB of a rank", "tokens/s, MFU", "between nodes", "EP of 8 experts", "assumed:"):
         assert word in printed
+    assert "; uniform routing; ranks in step" in printed
     written = json.loads((tmp_path / "new" / "plan.json").read_text())
     parts = ("dense_s", "experts_s", "dispatch_s", "gradients_s", "update_s")
     assert sum(written["best"][part] for part in parts) == pytest.approx(written["step_s"])
     assert 0 < written["mfu"] < 0.5
     assert written["simulated_dispatch_s"] == pytest.approx(written["best"]["dispatch_s"], rel=0.5)
+    assert cli.run(["plan", *SMALL_CLUSTER, "rank_load=1.5"]) == 0
+    assert "the busiest rank's experts get 1.5 times the mean, and all wait for them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def require_at_least(bound: float, group: str, config: object, *keys: str) -> No
         require(value >= bound, f"{group}.{key}={value}: use {bound} or more")
 
 
-def listed(value: Any, kind: type, key: str, wanted: str) -> list:
+def listed(value: Any, kind: type | tuple[type, ...], key: str, wanted: str) -> list:
     """A list of `kind` from null, one value or a list: what a person types for one thing or for many."""
     items = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
     right = all(isinstance(item, kind) and not isinstance(item, bool) for item in items)

@@ -60,6 +60,7 @@ class PlanConfig:
     recompute: list[Recompute] = field(default_factory=lambda: list(Recompute))  # as train.recompute
     micro_batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     ep_size: Any = None  # of each MoE layer, or one for all; null: any that divides its experts and the world
+    rank_load: Any = None  # rows at the busiest rank's experts ÷ the mean, of each MoE layer or one for all; null: 1
     dispatchers: list[str] = field(default_factory=lambda: ["flat", "hierarchical", "dedup"])
     chunks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     wires: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
@@ -78,13 +79,22 @@ class PlanConfig:
             not self.fp8_experts or self.precision is not Precision.fp32,
             "fp8_experts=true has bf16 results, but precision=fp32: use precision=bf16, or leave it out",
         )
-        wanted = "null, a whole number of ranks, or a list with one for each MoE layer"
-        self.ep_size = listed(self.ep_size, int, "ep_size", wanted)
+        self.ep_size = self._of_layers("ep_size", int, "a whole number of ranks")
+        self.rank_load = [float(load) for load in self._of_layers("rank_load", (int, float), "a number from 1 up")]
+        require(
+            min(self.rank_load, default=1.0) >= 1,
+            f"rank_load={self.rank_load}: the busiest rank has the mean or more: use 1 up",
+        )
+
+    def _of_layers(self, key: str, kind: type | tuple[type, ...], what: str) -> list:
+        """One for all MoE layers, one for each, or none."""
+        values = listed(getattr(self, key), kind, key, f"null, {what}, or a list with one for each MoE layer")
         layers = len(self.model.experts_by_layer)
         require(
-            len(self.ep_size) in (0, 1, layers),
-            f"ep_size={self.ep_size} lists {len(self.ep_size)} layers, but the model has {layers} MoE layers",
+            len(values) in (0, 1, layers),
+            f"{key}={values} lists {len(values)} layers, but the model has {layers} MoE layers",
         )
+        return values
 
     @property
     def lengths(self) -> tuple[int, int | None]:

@@ -77,26 +77,25 @@ def _whole(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> 
     sizes = [holder.local(holder.shape.parameters[name]) for name in passes.order]
     width = WIDTHS[holder.precision][1]
     whole, share = width * sum(sizes), NUMBER * holder.shared
-    arrived_P = width * np.concatenate([[0.0], np.cumsum(sizes)])[passes.done_P]
     engine, none_P = holder.engine, np.zeros_like(made_P)
     if engine in ("ddp", "zero0"):
+        arrived_P = width * np.concatenate([[0.0], np.cumsum(sizes)])[passes.done_P]
         yield _most(none_P + whole if accumulates else arrived_P, made_P, none_P)
         gradients, made, buffer = _sums(holder, whole)
         yield gradients, made, max(buffer, _copy_for_norm(holder))
     else:  # DeepSpeed's bucket takes gradients, sends them as one more copy, and keeps this rank's share
-        taken, copied = min(BUCKET, whole), min(BUCKET, NUMBER * max(map(sum, _replicated_alike(holder).values())))
+        bucket_P = np.where(passes.done_P > 0, float(BUCKET), 0.0)  # the first one brings it along
         if engine == "zero1":  # makes all gradients before the last backward pass
-            yield _most(none_P + whole, made_P, none_P + BUCKET)
-            yield whole - taken + share, 0.0, BUCKET + copied
+            yield _most(none_P + whole, made_P, bucket_P)
+            copied = min(BUCKET, NUMBER * max(map(sum, _replicated_alike(holder).values())))
+            yield whole - min(BUCKET, whole) + share, 0.0, BUCKET + copied
         else:
             before = share if accumulates else 0.0
-            yield _most(none_P + before, made_P, none_P + BUCKET)
-            # Full buckets are sent amid the pass. Memory for the whole share is taken when the first has been.
-            full = np.searchsorted(arrived_P[:-1], np.arange(BUCKET, whole, BUCKET), side="right")
-            for number, at in enumerate(full):
-                yield before + (share if number else 0.0), float(made_P[at]), BUCKET + copied
-            last = min(copied, whole - BUCKET * len(full))
-            yield before + (share if len(full) else 0.0), 0.0, BUCKET + last
+            yield _most(none_P + before, made_P, bucket_P)
+            # Buckets are sent amid the pass, when a gradient does not fit. Memory for the whole share is taken after.
+            for number, (done, sent) in enumerate(_buckets(holder, passes)):
+                made = max(made_P[passes.done_P == done], default=0.0)
+                yield before + (share if number else 0.0), float(made), BUCKET + sent
             yield before + share, 0.0, BUCKET
         yield share, 0.0, BUCKET + max(share, _copy_for_norm(holder))  # for the update
 
@@ -116,6 +115,27 @@ def _sums(holder: Holder, whole: float) -> Moment:
 def _copy_for_norm(holder: Holder) -> float:
     """Of the largest gradient, in fp64, for its norm."""
     return 2 * NUMBER * min(NORM_NUMBERS, max(map(holder.share, holder.shape.parameters.values())))
+
+
+def _buckets(holder: Holder, passes: Passes) -> Iterator[tuple[int, float]]:
+    """How many gradients there are when each of ZeRO-2's buckets is sent, and the bytes that this takes beside it."""
+    filled = 0.0
+    sizes: dict[int, float] = {}  # of each kind of replicas, which are sent one after the other
+    for done, name in enumerate(passes.order):
+        parameter = holder.shape.parameters[name]
+        size = NUMBER * holder.local(parameter)
+        if filled and filled + size > BUCKET:
+            yield done, _sending(filled, sizes)
+            filled, sizes = 0.0, {}
+        kind = holder.ep_sizes[parameter.layer] if parameter.layer >= 0 else 0
+        sizes[kind] = sizes.get(kind, 0.0) + size
+        filled += size
+    yield len(passes.order), _sending(filled, sizes)
+
+
+def _sending(filled: float, sizes: dict[int, float]) -> float:
+    """A copy of each part; what is too large for the bucket stands outside of it."""
+    return max(sizes.values()) + (filled if filled > BUCKET else 0.0)
 
 
 def _replicated_alike(holder: Holder) -> dict[int, list[float]]:

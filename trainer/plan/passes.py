@@ -8,6 +8,7 @@ Shapes: P moments, L MoE layers.
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -140,10 +141,25 @@ class _Made:
 
 
 def passes(
-    config: ModelConfig, seq_len: int, source_len: int | None, precision: Precision, recompute: Recompute
+    config: ModelConfig,
+    seq_len: int,
+    source_len: int | None,
+    precision: Precision,
+    recompute: Recompute,
+    loads: Sequence[float] | None = None,
 ) -> Passes:
-    """Run one sequence, and two; a few seconds for a large model. Lengths as in `model_shape`."""
-    one, two = (_run(config, (seq_len, source_len), sequences, precision, recompute) for sequences in (1, 2))
+    """Run one sequence, and two; a few seconds for a large model.
+
+    Args:
+        config: of the model; lengths as in `model_shape`.
+        seq_len: see there.
+        source_len: see there.
+        precision: as the engine runs the model.
+        recompute: as train.recompute.
+        loads: of each MoE layer, the rows that come to this rank's experts ÷ those of a mean rank; None: 1.
+    """
+    loads = loads or [1.0] * (len(config.experts_by_layer))
+    one, two = (_run(config, (seq_len, source_len), sequences, precision, recompute, loads) for sequences in (1, 2))
     (rest_1P, copies_PL, done_P), (rest_2P, _, _) = (
         tuple(np.array(column, dtype=np.float64) for column in zip(*watch.points, strict=True))
         for watch, _ in (one, two)
@@ -164,9 +180,14 @@ def passes(
 
 
 def _run(
-    config: ModelConfig, lengths: tuple[int, int | None], sequences: int, precision: Precision, recompute: Recompute
+    config: ModelConfig,
+    lengths: tuple[int, int | None],
+    sequences: int,
+    precision: Precision,
+    recompute: Recompute,
+    loads: Sequence[float],
 ) -> tuple[_Watch, list[StandIn]]:
-    ways = stand_ins(config)
+    ways = stand_ins(config, loads)
     with FakeTensorMode(), grouped_products():
         model = MODELS[config.kind](config, ways)
         if precision is Precision.bf16_params:

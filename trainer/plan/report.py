@@ -102,9 +102,19 @@ def _assumed(timer: Timer) -> str:
         f"a message between nodes takes {cluster.message_us:g} µs of a processor, {cluster.latency_us:g} µs on its way",
         f"matrix products reach {cluster.efficiency:.0%} of {timer.peak_flops / 1e12:.0f} TFLOP/s{_fp8(timer)}",
         "gradients are summed after the last backward pass (ddp, zero), or beside dense arithmetic (fsdp)",
-        f"{timer.config.optimizer}; uniform routing; ranks in step",
+        f"{timer.config.optimizer}; {_routing(timer)}; ranks in step",
     )
     return "assumed:\n" + "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _routing(timer: Timer) -> str:
+    load = timer.config.rank_load
+    if not load:
+        return "uniform routing"
+    return (
+        f"uniform routing, but the busiest rank's experts get {'/'.join(f'{x:g}' for x in load)} times the mean, and "
+        "all wait for them: memory and arithmetic are that rank's"
+    )
 
 
 def _fp8(timer: Timer) -> str:

@@ -47,7 +47,7 @@ def candidates(timer: Timer, recompute: Recompute = Recompute.none) -> Iterator[
     engines = [engine for engine in config.engines if engine not in engines_refused(config)]
     for ep_sizes, engine in product(layouts(config), engines):
         holder = Holder(timer.shape, engine, ep_sizes, world, config.precision, config.optimizer)
-        update_s, passes = timer.update_s(holder), timer.passes(engine, recompute)
+        update_s, passes = timer.update_s(holder), timer.passes(engine, recompute, ep_sizes)
         for micro_batch in micro_batches(config):
             accumulation = config.global_batch // (micro_batch * world)
             ways = tuple(timer.ways(i, ep, micro_batch, recompute)[0] for i, ep in enumerate(ep_sizes))

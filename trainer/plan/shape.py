@@ -20,6 +20,7 @@ class LayerShape:
     top_k: int
     num_experts: int
     expert_shapes: tuple[Shape, ...]  # of the parameters of one expert
+    capacity_factor: float | None  # while training
 
     @property
     def expert_size(self) -> int:
@@ -110,6 +111,7 @@ def model_shape(config: ModelConfig, seq_len: int, source_len: int | None) -> Mo
                 top_k=layer.config.router.top_k,
                 num_experts=layer.dispatcher.num_experts,
                 expert_shapes=tuple(tuple(p.shape[1:]) for p in layer.experts.parameters()),
+                capacity_factor=layer.config.capacity_factor,
             )
         )
     total, active = parameter_counts(config)

@@ -1,11 +1,11 @@
 """A dispatcher for models without memory: carries no rows, but makes and keeps as much as a real one.
 
-Shapes: N tokens, K experts of a token, D model width, R rows at the experts, E local experts, I and O widths.
+Shapes: N tokens, K experts of a token, D model width, S rows sent, R rows at the experts, E local experts, I and O
+widths.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -20,25 +20,27 @@ FIRST_NUMBER = 1009  # of the experts of the first layer; no other size of a mod
 
 
 class StandInPlan(NamedTuple):
-    """How many rows come, and what their weights are."""
+    """How many rows go and come, and what their weights are."""
 
+    sent: int
     rows: int
     weights_NK: Tensor
 
     def kept(self) -> "StandInPlan":
         """See `twohop.comm.Planned`."""
-        return StandInPlan(self.rows, self.weights_NK.detach())
+        return self._replace(weights_NK=self.weights_NK.detach())
 
 
 class StandIn(TokenDispatcher):
-    """Gives the experts as many rows as it gets: R = N·K, or fewer where a capacity drops some.
+    """Sends S = N·K rows, or fewer where a capacity drops some, and gives the experts R = S times the rank's load.
 
     Its rank has `FIRST_NUMBER` experts and one more for each layer before it: so a tensor tells of which layer it is.
     It counts how often rows travelled to experts and home.
     """
 
-    def __init__(self, layer: int, num_experts: int, rows: Callable[[int], int]) -> None:
-        self.topology, self.num_experts, self.rows = Topology.one_process(), num_experts, rows
+    def __init__(self, layer: int, num_experts: int, load: float, capacity_factor: float | None) -> None:
+        self.topology, self.num_experts = Topology.one_process(), num_experts
+        self.load, self.not_dropped = load, min(1.0, capacity_factor or 1.0)
         self.layer, self.dispatched, self.combined = layer, 0, 0
 
     @property
@@ -47,25 +49,26 @@ class StandIn(TokenDispatcher):
         return FIRST_NUMBER + self.layer
 
     def plan(self, tokens_ND: Tensor, expert_ids_NK: Tensor, weights_NK: Tensor, counts_on_device: bool = False) -> Any:
-        """How many rows come."""
-        return StandInPlan(self.rows(expert_ids_NK.numel()), weights_NK)
+        """How many rows go and come."""
+        sent = int(expert_ids_NK.numel() * self.not_dropped)
+        return StandInPlan(sent, int(sent * self.load), weights_NK)
 
     def follow(
         self, planned: Any, tokens_ND: Tensor, experts: Callable, beside: Callable[[], Any] | None = None
     ) -> tuple[Tensor, Any]:
         """Makes and keeps what `twohop.comm.pipeline` makes and keeps on a way of one hop."""
         output = None
-        sent_RD = _Exchange.apply(_Copy.apply(tokens_ND, planned.rows, tokens_ND.dtype))
+        arrived_RD = _Exchange.apply(_Copy.apply(tokens_ND, planned.sent, tokens_ND.dtype), planned.rows)
         if beside is not None:
             output = beside()
         self.dispatched += 1
         counts = [planned.rows] + [0] * (self.num_local_experts - 1)
-        rows_RD = _Copy.apply(sent_RD, planned.rows, getattr(experts, "dtype", tokens_ND.dtype))
-        del sent_RD
+        rows_RD = _Copy.apply(arrived_RD, planned.rows, getattr(experts, "dtype", tokens_ND.dtype))
+        del arrived_RD
         expert_rows_RD = experts(rows_RD, counts)
         # As there, nothing but the exchange holds what it sends.
-        home_RD = _Exchange.apply(_Weigh.apply(expert_rows_RD, planned.weights_NK, tokens_ND.dtype))
-        home_ND = _Sum.apply(home_RD, len(tokens_ND))
+        home_SD = _Exchange.apply(_Weigh.apply(expert_rows_RD, planned.weights_NK, tokens_ND.dtype), planned.sent)
+        home_ND = _Sum.apply(home_SD, len(tokens_ND))
         self.combined += 1
         return home_ND, output
 
@@ -85,16 +88,17 @@ class _Copy(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows that have been received, as many as were sent; both ways."""
+    """Rows that have been received, [S, D] -> [R, D]; backward the other way."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor) -> Tensor:
-        return torch.empty_like(rows_RD)
+    def forward(ctx: Any, sent_SD: Tensor, rows: int) -> Tensor:
+        ctx.sent = len(sent_SD)
+        return sent_SD.new_empty(rows, sent_SD.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> Tensor:
-        return torch.empty_like(grad_RD)
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return grad_RD.new_empty(ctx.sent, grad_RD.shape[1]), None
 
 
 class _Weigh(torch.autograd.Function):
@@ -102,7 +106,7 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(rows_RD, weights_NK.reshape(-1)[: len(rows_RD)])
+        ctx.save_for_backward(rows_RD, weights_NK.new_empty(len(rows_RD)))
         ctx.weights = weights_NK.shape
         return rows_RD.new_empty(rows_RD.shape, dtype=dtype)
 
@@ -127,16 +131,14 @@ class _Sum(torch.autograd.Function):
         return grad_ND.new_empty(ctx.rows, grad_ND.shape[1]), None
 
 
-def stand_ins(config: ModelConfig) -> list[StandIn]:
-    """One for each MoE layer, an encoder's first."""
+def stand_ins(config: ModelConfig, loads: Sequence[float]) -> list[StandIn]:
+    """One for each MoE layer, an encoder's first; for `loads` see `twohop.trainer.plan.passes`."""
     stacks = [config] if config.encoder is None else [config.encoder_stack, config]
-    layers = [(stack.moe.capacity_factor, experts) for stack in stacks for experts in stack.experts_by_block if experts]
-    return [StandIn(number, experts, partial(_rows, factor)) for number, (factor, experts) in enumerate(layers)]
-
-
-def _rows(capacity_factor: float | None, assignments: int) -> int:
-    """That reach the experts."""
-    return int(assignments * min(1.0, capacity_factor)) if capacity_factor else assignments
+    layers = [(experts, stack.moe.capacity_factor) for stack in stacks for experts in stack.experts_by_block if experts]
+    return [
+        StandIn(number, experts, load, factor)
+        for number, ((experts, factor), load) in enumerate(zip(layers, loads, strict=True))
+    ]
 
 
 @contextmanager

@@ -4,8 +4,9 @@ What `recompute` multiplies and carries again is counted by the same passes that
 counted too: five times three products for each matrix, on every rank that holds it.
 
 Assumed, beside what `twohop.comm.cost` and `twohop.comm.simulate` assume: matrix products reach
-`cluster.efficiency` of the peak; routing is uniform; ddp and DeepSpeed sum gradients after the last backward pass, as
-they do here, and FSDP beside the arithmetic of the dense parts.
+`cluster.efficiency` of the peak; routing is uniform, but that all wait for the experts of the busiest rank
+(`rank_load`); ddp and DeepSpeed sum gradients after the last backward pass, as they do here, and FSDP beside the
+arithmetic of the dense parts.
 """
 
 import math
@@ -29,6 +30,7 @@ from twohop.trainer.plan.passes import Passes, passes
 from twohop.trainer.plan.shape import LayerShape, ModelShape
 
 Block = tuple[int, int]
+Loads = tuple[float, ...]  # of each MoE layer
 # AdamW reads weight, gradient and two moments of a number, and writes all but the gradient; Muon has one moment.
 UPDATE_BYTES = {"adamw": 7 * NUMBER, "muon": 5 * NUMBER}
 MUON_ITERATIONS = 5  # as torch's Muon
@@ -72,7 +74,7 @@ class Timer:
             assert self.gpu.fp8_flops is not None  # the command has looked
             self.expert_flops = self.gpu.fp8_flops * config.cluster.efficiency
         self._ways: dict[tuple, list[Way]] = {}
-        self._passes: dict[tuple[Precision, Recompute], Passes] = {}
+        self._passes: dict[tuple[Precision, Recompute, Loads], Passes] = {}
         self._models: dict[Block, CostModel] = {}
 
     def block(self, ep_size: int) -> Block:
@@ -80,28 +82,41 @@ class Timer:
         nodes, local = ep_block(self.levels, ep_size)
         return nodes, local
 
-    def passes(self, engine: str, recompute: Recompute) -> Passes:
-        """Of the model as the engine runs it; the first time a few seconds for a large model."""
-        key = (precision_of_passes(engine, self.config.precision), recompute)
+    def load(self, index: int, ep_size: int) -> float:
+        """Rows that come to the busiest rank's experts ÷ those of a mean rank: EP times as many at most, or C times."""
+        given, capacity_factor = self.config.rank_load, self.shape.layers[index].capacity_factor
+        if not given:
+            return 1.0
+        return min(given[index if len(given) > 1 else 0], float(ep_size), max(1.0, capacity_factor or ep_size))
+
+    def passes(self, engine: str, recompute: Recompute, ep_sizes: Sequence[int]) -> Passes:
+        """Of the busiest rank, as the engine runs the model; the first time a few seconds for a large model."""
+        precision, loads = precision_of_passes(engine, self.config.precision), self._loads(ep_sizes)
+        key = (precision, recompute, loads)
         if key not in self._passes:
-            self._passes[key] = passes(self.shape.config, *self.config.lengths, *key)
+            self._passes[key] = passes(self.shape.config, *self.config.lengths, precision, recompute, loads)
         return self._passes[key]
 
+    def _loads(self, ep_sizes: Sequence[int]) -> Loads:
+        return tuple(self.load(index, ep_size) for index, ep_size in enumerate(ep_sizes))
+
     def _counted(self, recompute: Recompute) -> Passes:
-        """Passes of any precision: they have the same operations."""
-        known = (passes for (_, mode), passes in self._passes.items() if mode is recompute)
-        return next(known, None) or self.passes("ddp", recompute)
+        """Passes with even loads, of any precision: they have the same operations."""
+        alone = (1,) * len(self.shape.layers)  # EP sizes
+        wanted = (recompute, self._loads(alone))
+        known = (passes for (_, *key), passes in self._passes.items() if tuple(key) == wanted)
+        return next(known, None) or self.passes("ddp", recompute, alone)
 
     def ways(self, index: int, ep_size: int, micro_batch: int, recompute: Recompute) -> list[Way]:
         """All ways to carry the tokens of MoE layer `index`, the fastest first."""
-        layer = self.shape.layers[index]
+        layer, load = self.shape.layers[index], self.load(index, ep_size)
         again = self._again(index, recompute)
-        key = (layer, ep_size, micro_batch, again)
+        key = (layer, load, ep_size, micro_batch, again)
         if key not in self._ways:
             block = self.block(ep_size)
             if block not in self._models:
                 self._models[block] = self.measured or cost_model(self.network, block, self.levels[1])
-            works = [(wire, self.workload(layer, micro_batch, wire)) for wire in self.config.wires]
+            works = [(wire, self.workload(layer, load, micro_batch, wire)) for wire in self.config.wires]
             ways = [
                 self._way(self._models[block], block, algorithm, chunks, wire, work, again)
                 for algorithm in self.config.dispatchers
@@ -111,7 +126,7 @@ class Timer:
             self._ways[key] = sorted(ways, key=lambda way: way.seconds)
         return self._ways[key]
 
-    def workload(self, layer: LayerShape, micro_batch: int, wire: str) -> Workload:
+    def workload(self, layer: LayerShape, load: float, micro_batch: int, wire: str) -> Workload:
         """Of a layer's dispatch for one micro-batch; the wire is that between nodes."""
         dim, tokens = self.shape.config.dim, micro_batch * layer.tokens
         dtype = torch.bfloat16 if self.config.precision is Precision.bf16_params else torch.float32
@@ -122,7 +137,7 @@ class Timer:
             row_bytes=dim * dtype.itemsize,
             between_row_bytes=FORMATS[wire].row_bytes(dim, dtype),
             inside_row_bytes=dim * dtype.itemsize,
-            experts_s=tokens * layer.token_flops / self.expert_flops,
+            experts_s=load * tokens * layer.token_flops / self.expert_flops,
         )
 
     def _again(self, index: int, recompute: Recompute) -> tuple[float, float]:
