@@ -10,10 +10,11 @@ from twohop.comm.lazy import lazily
 
 if TYPE_CHECKING:
     from twohop.comm.all_to_all import build_all_to_all
+    from twohop.comm.build import build_dispatcher
     from twohop.comm.clock import PhaseClock
     from twohop.comm.cost import CostModel
     from twohop.comm.diagnose import announce_failure
-    from twohop.comm.dispatcher import Dispatched, Planned, TokenDispatcher, build_dispatcher
+    from twohop.comm.dispatcher import Dispatched, Planned, TokenDispatcher
     from twohop.comm.errors import CommError, NotFiniteError
     from twohop.comm.probe import fit_cost_model
     from twohop.comm.topology import Topology
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "build_all_to_all": "all_to_all",
+    "build_dispatcher": "build",
     "PhaseClock": "clock",
     "CostModel": "cost",
     "AutoOptions": "way",
     "Dispatched": "dispatcher",
     "Planned": "dispatcher",
     "TokenDispatcher": "dispatcher",
-    "build_dispatcher": "dispatcher",
     "announce_failure": "diagnose",
     "CommError": "errors",
     "NotFiniteError": "errors",

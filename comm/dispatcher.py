@@ -19,12 +19,8 @@ from twohop.comm.diagnose import announce_failure
 from twohop.comm.kernels import fused
 from twohop.comm.pipeline import CombineWeights, Experts, last, run, way_home, way_there
 from twohop.comm.plan import Plan, make_plan
-from twohop.comm.routes import ROUTES
 from twohop.comm.topology import Topology
-from twohop.comm.traffic import TrafficMeter
-from twohop.comm.way import AutoOptions, Chooser, Way, by_cost, hops_of
-from twohop.comm.wire import check_wires
-from twohop.comm.wiring import Wires
+from twohop.comm.way import Chooser, Way
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,7 @@ class TokenDispatcher:
         counts_on_device: bool = False,
     ) -> Planned:
         with announce_failure(self.topology, f"{self.label}, dispatch"):
-            _check_arguments(tokens_ND, expert_ids_NK, weights_NK)
+            check_arguments(tokens_ND, expert_ids_NK, weights_NK)
         way = self.way(tokens_ND, expert_ids_NK)
         if chunks is not None:
             way = replace(way, chunks=chunks)
@@ -248,7 +244,8 @@ class TokenDispatcher:
         return Planned(way, plan, self._plans, (tokens_ND.shape, tokens_ND.dtype), weights_NK)
 
 
-def _check_arguments(tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> None:
+def check_arguments(tokens_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> None:
+    """Raises ValueError if shapes or types are not those of `TokenDispatcher.dispatch`."""
     fits = tokens_ND.dim() == expert_ids_NK.dim() == 2 and len(tokens_ND) == len(expert_ids_NK)
     types = tokens_ND.is_floating_point() and weights_NK.is_floating_point() and expert_ids_NK.dtype == torch.int64
     if not fits or not types or weights_NK.shape != expert_ids_NK.shape:
@@ -264,52 +261,3 @@ def _check_expert_rows(expert_rows_RD: torch.Tensor, rows_RD: torch.Tensor) -> N
 
 def _needing_gradient(**tensors: torch.Tensor) -> list[str]:
     return [name for name, tensor in tensors.items() if torch.is_grad_enabled() and tensor.requires_grad]
-
-
-def build_dispatcher(
-    name: str,
-    topology: Topology,
-    num_experts: int,
-    *,
-    chunks: int = 1,
-    wires: Wires | None = None,
-    label: str = "",
-    meter: TrafficMeter | None = None,
-    clock: PhaseClock | None = None,
-    auto: AutoOptions | None = None,
-) -> TokenDispatcher:
-    """Make the dispatcher `name`: flat, hierarchical, dedup, or auto. Makes no communication.
-
-    Args:
-        topology: its EP group shares the experts.
-        num_experts: in the whole layer; a multiple of topology.ep_size.
-        chunks: into how many `run` cuts the tokens to overlap their hops; the same on all ranks. `auto` chooses.
-        wires: how rows are encoded on each hop; None sends them as they are.
-        label: names the layer in errors.
-        meter: counts what is sent.
-        clock: times dispatch, experts, combine and the waits of exchanges.
-        auto: what `auto` chooses by; the same on all ranks.
-
-    Raises:
-        ValueError: an unknown name or wire format, experts that the EP group cannot share evenly,
-            or auto without its options.
-    """
-    if name not in (*ROUTES, "auto"):
-        raise ValueError(f"unknown dispatcher {name!r}: use one of {', '.join(ROUTES)}, auto")
-    if num_experts % topology.ep_size:
-        raise ValueError(
-            f"{num_experts} experts cannot be shared by {topology.ep_size} expert-parallel ranks: "
-            f"use an EP size that divides {num_experts}"
-        )
-    if chunks < 1:
-        raise ValueError(f"chunks={chunks}: use 1 for no overlap, or more")
-    wires, clock = wires or Wires(), clock or PhaseClock()
-    check_wires(wires)
-    if name != "auto":
-        way = Way(name, hops_of(name, topology, label, meter, clock), chunks, wires)
-        return TokenDispatcher(topology, num_experts, label, lambda *_: way, 0, clock)
-    if auto is None:
-        raise ValueError("dispatcher auto needs AutoOptions: fit a cost model or load one")
-    hops = {name: hops_of(name, topology, label, meter, clock) for name in ROUTES}
-    choose = by_cost(topology, num_experts, wires, hops, auto)
-    return TokenDispatcher(topology, num_experts, label, choose, auto.tokens, clock)

@@ -112,7 +112,8 @@ class _Spread(torch.autograd.Function):
         return spread.down(grad, ctx.dtype) if ctx.up else spread.up(grad, dtype=ctx.dtype), None, None, None
 
 
-def _down(rows: torch.Tensor, spread: Spread, dtype: torch.dtype | None = None) -> torch.Tensor:
+def copies_of(rows: torch.Tensor, spread: Spread, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[children, D] in `dtype` (None: that of the rows), differentiable: the backward adds up."""
     return _Spread.apply(rows, spread, False, dtype or rows.dtype)
 
 
@@ -137,6 +138,14 @@ class _WeighAndSum(torch.autograd.Function):
         rows_RD, weight_n = ctx.saved_tensors
         grads = ctx.spread.weighted_down(grad, rows_RD, weight_n, of_weights=ctx.needs_input_grad[1])
         return *grads, None, None
+
+
+def weighed_sums(
+    rows_RD: torch.Tensor, weight_n: torch.Tensor, spread: Spread, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """[parents, D] in `dtype` (None: that of the rows), differentiable in both."""
+    sums: torch.Tensor = _WeighAndSum.apply(rows_RD, weight_n, spread, dtype or rows_RD.dtype)
+    return sums
 
 
 class _GradientsHome:
@@ -212,12 +221,12 @@ def way_there(
     rows = tokens
     for move in chunk.moves:
         transfer = _Transfer(move, Direction.dispatch, wires)
-        ticket = _Start.apply(_down(rows, move.spread), transfer)
+        ticket = _Start.apply(copies_of(rows, move.spread), transfer)
         del rows  # this frame is alive as long as the chunk is on its way
         with transfer.under_way():
             yield ticket
         rows = _Wait.apply(ticket, transfer)
-    rows = _down(rows, chunk.to_experts, dtype)
+    rows = copies_of(rows, chunk.to_experts, dtype)
     yield rows
 
 
@@ -228,7 +237,7 @@ def way_home(
 
     All sums have `dtype` (None: that of the rows).
     """
-    rows = _WeighAndSum.apply(rows_RD, weight_n, chunk.to_experts, dtype or rows_RD.dtype)
+    rows = weighed_sums(rows_RD, weight_n, chunk.to_experts, dtype)
     for move in reversed(chunk.moves):
         transfer = _Transfer(move, Direction.combine, wires)
         ticket = _Start.apply(rows, transfer)

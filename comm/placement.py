@@ -82,22 +82,28 @@ def hottest(load_E: Array, count: int) -> list[int]:
 
 
 def quality(
-    sample: Sample, slots_E: Indices, block: tuple[int, int], by_node: bool = True, shadowed: Sequence[int] = ()
+    sample: Sample, slots_E: Indices, block: tuple[int, int], shares: str = "node", shadowed: Sequence[int] = ()
 ) -> Quality:
-    """Rows between nodes, one for each node (`by_node`, as dedup sends them) or rank that a token needs, and loads.
+    """Rows between nodes, and loads.
 
-    Tokens of an expert with shadows stay at home; all ranks are taken to have equally many.
+    Args:
+        sample: tokens.
+        slots_E: where experts live.
+        block: (nodes, ranks of each) of the EP group.
+        shares: which of a token's experts have one row in common: those of a "node" (dedup), of a "rank", or none but
+            the "expert" itself.
+        shadowed: experts whose tokens stay at home; all ranks are taken to have equally many.
     """
     ranks = math.prod(block)
     of_rank = sample.num_experts // ranks
     at_home_TK = np.isin(sample.ids_TK, list(shadowed))
     travels_TK = (sample.ids_TK >= 0) & ~at_home_TK
     rank_TK = np.where(travels_TK, slots_E[np.maximum(sample.ids_TK, 0)] // of_rank, -1)
-    place_TK = np.where(rank_TK >= 0, rank_TK // block[1] if by_node else rank_TK, -1)
-    place_TK = np.sort(place_TK, axis=1)
+    slots = {"node": of_rank * block[1], "rank": of_rank, "expert": 1}[shares]  # of one place
+    place_TK = np.sort(np.where(travels_TK, slots_E[np.maximum(sample.ids_TK, 0)] // slots, -1), axis=1)
     new_TK = place_TK >= 0
     new_TK[:, 1:] &= place_TK[:, 1:] != place_TK[:, :-1]
-    node_TK = place_TK if by_node else place_TK // block[1]
+    node_TK = place_TK * slots // (of_rank * block[1])
     crossing = (new_TK & (node_TK != sample.node_T[:, None])).sum()
     load = np.bincount(rank_TK[rank_TK >= 0], minlength=ranks) + at_home_TK.sum() / ranks
     return Quality(float(crossing / max(1, len(rank_TK))), float(load.max() / max(load.mean(), 1e-9)))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from twohop.comm.build import build_dispatcher
 from twohop.comm.cost import CostModel, LevelCost, traffic_of_hop
-from twohop.comm.dispatcher import build_dispatcher
 from twohop.comm.exchange import Channel
 from twohop.comm.routes import ROUTES
 from twohop.comm.topology import Axis, Topology

@@ -32,7 +32,9 @@ class Placement:
 
     def __init__(self, engine: Engine, config: Config, meter: TrafficMeter | None = None) -> None:
         self.engine, self.config, self.meter = engine, config.placement, meter
-        self.by_node = config.comm.dispatcher in ("dedup", "auto")
+        self.shares = "node" if config.comm.dispatcher in ("dedup", "auto") else "rank"
+        if config.comm.sums_at_home:
+            self.shares = "expert"
         formats = [format_of(config.comm.wire, direction, crosses_nodes=True) for direction in Direction]
         self.row_bytes = sum(wire.row_bytes(config.model.dim, torch.float32) for wire in formats)
         self._seen: dict[str, Tensor] = {}  # layer -> ids [T, K], the newest first
@@ -96,8 +98,8 @@ class Placement:
         shadowed = hottest(load_E, self.config.shadows)
         load_E[shadowed] = together_EE[shadowed] = together_EE[:, shadowed] = 0
         slots_E = place(self.config.name, load_E, together_EE, block)
-        before = quality(sample, now_E, block, self.by_node, shadowed_now)
-        after = quality(sample, slots_E, block, self.by_node, shadowed)
+        before = quality(sample, now_E, block, self.shares, shadowed_now)
+        after = quality(sample, slots_E, block, self.shares, shadowed)
         key = "crossing_rows" if self.config.name == "affinity" and block[0] > 1 else "rank_load"
         if getattr(after, key) > (1 - WORTH_IT) * getattr(before, key):
             return now_E, shadowed_now, before, before

@@ -129,6 +129,7 @@ def set_up(config: Config, directory: Path, device: torch.device) -> Run:
             chunks=comm.chunks,
             wires=comm.wire,
             auto=auto,
+            sums_at_home=comm.sums_at_home,
             label=f"{label} {layer}",
             meter=meter,
             clock=clock,

@@ -19,25 +19,25 @@ def sample_of(experts: int, tokens: int, top_k: int, topics: int = 1, seed: int 
     return Sample(ids_TK, draw.integers(0, nodes, tokens), experts)
 
 
-def crossings_by_loop(sample: Sample, slots_E: np.ndarray, block: tuple[int, int], by_node: bool) -> float:
+def crossings_by_loop(sample: Sample, slots_E: np.ndarray, block: tuple[int, int], shares: str) -> float:
     of_rank = sample.num_experts // (block[0] * block[1])
     crossing = 0
     for ids, home in zip(sample.ids_TK.tolist(), sample.node_T.tolist(), strict=True):
-        ranks = {slots_E[e] // of_rank for e in ids if e >= 0}
-        places = {rank // block[1] for rank in ranks} if by_node else ranks
-        crossing += sum((place if by_node else place // block[1]) != home for place in places)
+        slots = [slots_E[e] for e in ids if e >= 0]
+        node_of = {slot: slot // of_rank // block[1] for slot in slots}
+        place_of = {"node": node_of, "rank": {slot: slot // of_rank for slot in slots}, "expert": {s: s for s in slots}}
+        crossing += len({place_of[shares][slot] for slot in slots if node_of[slot] != home})
     return crossing / len(sample.ids_TK)
 
 
-@pytest.mark.parametrize("by_node", [True, False])
-def test_quality_is_what_a_loop_counts(by_node: bool) -> None:
+@pytest.mark.parametrize("shares", ["node", "rank", "expert"])
+def test_quality_is_what_a_loop_counts(shares: str) -> None:
     sample = sample_of(16, 100, 3, topics=3)
     sample.ids_TK[::7, 1] = -1
     for kind in KINDS:
         slots_E = place(kind, sample.load(), sample.together(), (2, 2))
-        assert quality(sample, slots_E, (2, 2), by_node).crossing_rows == crossings_by_loop(
-            sample, slots_E, (2, 2), by_node
-        )
+        found = quality(sample, slots_E, (2, 2), shares)
+        assert found.crossing_rows == crossings_by_loop(sample, slots_E, (2, 2), shares)
 
 
 def test_pairs_and_loads_are_what_a_loop_counts() -> None:

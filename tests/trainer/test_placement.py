@@ -81,13 +81,14 @@ def still_and_moving(directory: Path, placement: str, top_k: int, *settings: str
         ("affinity", 2, []),
         ("balanced", 2, [*ENGINES["fsdp"], "comm.ep_size=2"]),
         ("balanced", 2, [*ENGINES["zero-2"], "comm.ep_size=2"]),
+        ("balanced", 3, ["comm.sums_at_home=true"]),
     ],
-    ids=["bf16_params", "ddp", "fsdp", "zero-2"],
+    ids=["bf16_params", "ddp", "fsdp", "zero-2", "sums at home"],
 )
 def test_moves_change_no_bit_of_training_and_checkpoints_know_nothing_of_them(
     tmp_path: Path, placement: str, top_k: int, settings: list[str]
 ) -> None:
-    """A sum of two rounded products is the same whoever adds it up."""
+    """A sum of two rounded products is the same whoever adds it up, one of three is if it is formed at home."""
     for a, b in zip(*still_and_moving(tmp_path, placement, top_k, *settings), strict=True):
         assert a["steps"] == b["steps"]
         # The norm adds the squares of a rank's experts in fp64, so that its last bits know where experts are.
@@ -251,6 +252,8 @@ def test_a_look_in_words_has_means_over_layers_and_of_nodes_only_where_there_are
         (["placement.shadows=1", "model.moe.cache.enabled=true", "data.order=batches"], r"placement\.shadows=1 does"),
         (["placement.name=best"], r"placement=best: unknown"),
         (["placement.name=affinity", "model.moe.router.top_k=1"], r"top_k=1: tokens have one expert"),
+        (["placement.name=affinity", "comm.sums_at_home=true"], r"sums_at_home=true: rows to friends on one node are"),
+        (["placement.shadows=1", "comm.sums_at_home=true"], r"sums_at_home=true: what shadows compute is added last"),
         (["placement.name=balanced", "model.moe.cache.enabled=true", "data.order=batches"], r"moe\.cache\.enabled"),
         (
             ["placement.name=affinity", "model.moe.router.name=sigmoid", "model.moe.router.groups=2",

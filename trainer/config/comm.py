@@ -15,6 +15,7 @@ class CommConfig:
     dispatcher: str = "dedup"  # flat | hierarchical | dedup | auto
     chunks: int = 1  # parts of the tokens whose hops and experts overlap; auto chooses by itself
     wire: Wires = field(default_factory=Wires)
+    sums_at_home: bool = False  # no bit depends on where experts live, for a row to each expert of a token
     auto_wires: list[str] = field(default_factory=list)  # formats that auto may choose between nodes; []: keeps wire
     cost_file: str | None = None  # auto: predict by this model; null: probe the network at start-up
     ranks_per_node: int | None = None  # null: from torchrun; a number emulates nodes on one host

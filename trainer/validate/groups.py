@@ -16,7 +16,7 @@ from twohop.comm.wire import FORMATS
 from twohop.models.attention import build_attention
 from twohop.models.config import BatchPriority, ModelConfig, ModelKind
 from twohop.models.routers import ROUTERS, build_router
-from twohop.trainer.config import CommConfig, Config, DataOrder, Precision, TrainConfig
+from twohop.trainer.config import CommConfig, Config, DataOrder, PlacementConfig, Precision, TrainConfig
 from twohop.trainer.distill import teacher_config
 from twohop.trainer.engines import ENGINES
 from twohop.trainer.errors import ConfigError
@@ -121,6 +121,7 @@ def _check_placement(config: Config) -> None:
         f"model.moe.experts={config.model.moe.experts}": placement.follows_load
         and placement.shadows >= fewest
         and (f"a layer has {fewest}: use fewer" if fewest else "there are no experts"),
+        "comm.sums_at_home=true": config.comm.sums_at_home and _refuses_sums_at_home(placement),
     }
     for side, model in _sides(config).items():
         moe = model.moe
@@ -139,6 +140,12 @@ def _check_placement(config: Config) -> None:
     for key, reason in reasons.items():
         if reason:
             raise ConfigError(f"{chosen} does not go with {key}: {reason}")
+
+
+def _refuses_sums_at_home(placement: PlacementConfig) -> str:
+    if placement.name == "affinity":
+        return "rows to friends on one node are not shared: use placement=balanced, or leave it out"
+    return "what shadows compute is added last: leave it out" if placement.shadows else ""
 
 
 def _check_bits(config: Config) -> None:
