@@ -82,7 +82,7 @@ def recording() -> Iterator[LiveTensors]:
     stack = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while stack:
         event, in_exchange = stack.pop()
-        in_exchange = in_exchange or event.name.startswith("c10d::")
+        in_exchange = in_exchange or event.name.startswith(("c10d::", "gloo:"))
         stack.extend((child, in_exchange) for child in event.children)
         if event.tag == _EventType.Allocation and not in_exchange:
             fields = event.extra_fields

@@ -107,9 +107,10 @@ def _sums(holder: Holder, whole: float) -> Moment:
         return whole, 0.0, NUMBER * min(FLAT_NUMBERS, max(map(sum, groups.values())))
     width = WIDTHS[holder.precision][1]
     sent = [numbers for ep_size, numbers in groups.items() if holder.world > max(1, ep_size)]
-    bucket = max((width * max(min(BUCKET // width, sum(numbers)), *numbers) for numbers in sent), default=0.0)
-    # Masters get fp32 gradients, while one bucket still holds those in bf16.
-    return (NUMBER * holder.held if holder.precision is Precision.bf16_params else whole), 0.0, bucket
+    buckets = [width * max(min(BUCKET // width, sum(numbers)), *numbers) for numbers in sent]
+    if holder.precision is Precision.bf16_params:  # masters get fp32 gradients; the last bucket of each kind is there
+        return NUMBER * holder.held, 0.0, sum(buckets)
+    return whole, 0.0, max(buckets, default=0.0)
 
 
 def _copy_for_norm(holder: Holder) -> float:
@@ -156,6 +157,8 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
     groups = _gathered_together(holder)
     root = sum(groups[ROOT].values())
     sent, shared, waiting = 0.0, 0.0, holder.held if accumulates else 0.0
+    # Gradients in fp32 are added to those that wait; others stand beside them until their module is done.
+    arriving = 0 if accumulates and width == NUMBER else width
     outside = 0.0  # numbers that have gradients and belong to no block
     for start, end in _runs(block_P):
         block = int(block_P[start])
@@ -164,7 +167,7 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
         following = groups[int(after[0])] if len(after) else {}
         weights = width * (root + sum(own.values()) + max(following.values(), default=0.0))
         inside_P = arrived_P[start:end] - arrived_P[start]
-        gradients_P = width * (outside + inside_P) + NUMBER * (shared + waiting)
+        gradients_P = arriving * (outside + inside_P) + NUMBER * (shared + waiting)
         none_P = np.zeros(end - start)
         yield _most(gradients_P, made_P[start:end], none_P + weights + NUMBER * sent)
         of_run = parameters[passes.done_P[start] : (passes.done_P[end] if end < len(block_P) else None)]
@@ -177,10 +180,10 @@ def _fsdp(holder: Holder, passes: Passes, made_P: Array, accumulates: bool) -> I
         yield float(gradients_P[0]), float(made_P[start]), together
         largest = max(own.values(), default=0.0)
         message = NUMBER * (sent + largest)  # the last one is kept until the next has been made
-        yield float(gradients_P[0]) + width * total, float(made_P[end - 1]), weights - width * largest + message
+        yield float(gradients_P[0]) + arriving * total, float(made_P[end - 1]), weights - width * largest + message
         sent, shared = largest, shared + sum(map(holder.share, of_run))
         waiting -= total if accumulates else 0.0
-    yield width * outside + NUMBER * (shared + waiting), 0.0, NUMBER * (sent + root)
+    yield arriving * outside + NUMBER * (shared + waiting), 0.0, NUMBER * (sent + root)
     yield NUMBER * holder.shared, 0.0, _copy_for_norm(holder)
 
 
