@@ -187,6 +187,20 @@ def test_nor_for_who_are_friends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert together_EE.tolist() == [[0, 0, 0, 0], [0, 0, 3, 0], [0, 3, 0, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [(["comm.dispatcher=dedup"], 1), (["comm.dispatcher=flat"], 2), (["comm.sums_at_home=true"], 3)],
+)
+def test_rows_between_nodes_are_those_that_are_sent(tmp_path: Path, settings: list[str], rows: int) -> None:
+    """To three experts on the two ranks of the other node."""
+    config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", *settings)
+    placement = Placement(build_engine(build_model(config.model), config), config)
+    dispatcher = SimpleNamespace(num_experts=8, topology=SimpleNamespace(block=(2, 2)))
+    layer: Any = SimpleNamespace(dispatcher=dispatcher, slots_E=None, shadows=None)
+    _, _, before, _ = placement._decide(layer, [(0, np.array([[4, 5, 6]] * 3))])
+    assert before.crossing_rows == rows
+
+
 def test_what_is_not_better_stays_with_its_shadows(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "model.vocab_size=32", "placement.name=balanced", "placement.shadows=1")
     placement = Placement(build_engine(build_model(config.model), config), config)
