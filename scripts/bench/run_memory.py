@@ -6,7 +6,7 @@
 Trains a PR-MoE of 13 million parameters for four steps with each engine, over EP sizes, precisions and accumulation,
 and takes the peak of a step of each rank: the bytes of all tensors that are alive. The plan gets the loads of that rank
 and step. Counted are allocations of torch on the CPU (see `live_tensors`). Left out is what gloo copies inside of its
-collectives. Of the steps after the first the one counts in which least was alive. Twenty minutes; `--engines` one after
+collectives. Of the steps after the first the one counts in which least was alive. Half an hour; `--engines` one after
 the other is quicker than all at once.
 """
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from twohop.comm.cost import CostModel
+from twohop.trainer.config import Recompute
 from twohop.trainer.config.plan import PlanConfig
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.plan.report import as_dict, show
@@ -25,9 +26,10 @@ def make_plan(config: PlanConfig) -> float:
     model = replace(config.model, vocab_size=config.model.vocab_size or config.vocab_size)
     try:
         timer = Timer(config, model_shape(model, *config.lengths), measured)
-        found = search(timer)
+        timer.passes(config.engines[0], min(config.recompute, key=list(Recompute).index), timer.alone)
     except ValueError as error:  # there is no such model, or it asks for what its inputs do not say
         raise ConfigError(str(error)) from None
+    found = search(timer)
     simulated = replay(timer, found.best)
     show(timer, found, simulated)
     if config.json:

@@ -82,6 +82,11 @@ class Timer:
         nodes, local = ep_block(self.levels, ep_size)
         return nodes, local
 
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """EP sizes of ranks that have all experts."""
+        return (1,) * len(self.shape.layers)
+
     def load(self, index: int, ep_size: int) -> float:
         """Rows that come to the busiest rank's experts ÷ those of a mean rank: EP times as many at most, or C times."""
         given, capacity_factor = self.config.rank_load, self.shape.layers[index].capacity_factor
@@ -102,10 +107,9 @@ class Timer:
 
     def _counted(self, recompute: Recompute) -> Passes:
         """Passes with even loads, of any precision: they have the same operations."""
-        alone = (1,) * len(self.shape.layers)  # EP sizes
-        wanted = (recompute, self._loads(alone))
+        wanted = (recompute, self._loads(self.alone))
         known = (passes for (_, *key), passes in self._passes.items() if tuple(key) == wanted)
-        return next(known, None) or self.passes("ddp", recompute, alone)
+        return next(known, None) or self.passes("ddp", recompute, self.alone)
 
     def ways(self, index: int, ep_size: int, micro_batch: int, recompute: Recompute) -> list[Way]:
         """All ways to carry the tokens of MoE layer `index`, the fastest first."""
