@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch.distributed as dist
 
 from tests.comm.faults import ASTRAY, LOST, Fault, accused, judge, run_fault
 from tests.distributed import run_distributed
-from twohop.comm import CommError, Topology, build_all_to_all
+from twohop.comm import CommError, Topology, build_all_to_all, diagnose
+from twohop.comm.diagnose import NoticeBoard
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -134,6 +136,16 @@ def test_ranks_that_want_other_layouts_are_named() -> None:
 def test_a_rank_that_does_not_come_to_discover_is_named() -> None:
     messages = run_distributed(discover_on_this_rank, 3, 1, [{}, None, {}])
     assert messages[0] == "rank 0, topology, layout: ranks [1] did not come within 1 s"
+
+
+def test_a_store_that_is_silent_until_the_roll_call_ends_is_not_taken_for_silent_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board, moments = object.__new__(NoticeBoard), iter((0.0, 100.0))
+    board.rank, board.deadline_s, board._deaf = 0, 1.0, False
+    monkeypatch.setattr(board, "_read", lambda key: setattr(board, "_deaf", True))
+    monkeypatch.setattr(diagnose, "time", SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None))
+    assert board.listen("layer 1, counts", [0, 1]) == diagnose.UNREACHABLE
 
 
 def test_what_is_accused() -> None:
