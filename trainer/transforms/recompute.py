@@ -28,7 +28,6 @@ from twohop.trainer.config import Recompute
 # What `selective` keeps: the results of nearly all arithmetic, but nothing that is made of them number by number.
 KEPT_OPS = [
     torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

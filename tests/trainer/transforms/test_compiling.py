@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InvalidCxxCompiler
 
@@ -16,6 +17,8 @@ from tests.tiny import ENGINES, tiny_config
 from tests.trainer.test_engine import batch, loss_of
 from twohop.comm import Topology, build_dispatcher
 from twohop.models import MoEModel, build_model, init_weights
+from twohop.models.attention import AttentionBase
+from twohop.models.feed_forward import FeedForward
 from twohop.trainer.engines import build_engine
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.transforms import compiling
@@ -56,6 +59,25 @@ def test_there_are_no_breaks_and_few_graphs(tmp_path: Path, attention: list[str]
     with torch.no_grad():
         loss_of(model.train(), batch(0, 1)[:1])
     assert counters["stats"]["unique_graphs"] == seen
+
+
+def test_every_region_is_one_graph_and_nothing_in_it_is_compiled_apart(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "model.attention.qk_norm=head")
+    model = build_model(config.model)
+    with patch.object(compiling.torch, "compile", side_effect=lambda compute, **options: compute) as compiler:
+        compile_regions(model, backend="eager")
+    calls = [(call.args[0].__self__, call.kwargs) for call in compiler.call_args_list]
+    outside = {module for block in model.every_block() for module in block.modules() if isinstance(module, nn.RMSNorm)}
+    inside = {n for a in model.modules() if isinstance(a, AttentionBase) for n in a.modules() if n is not a}
+    regions = {m for m in model.modules() if isinstance(m, (AttentionBase, FeedForward))} | (outside - inside)
+    experts = {layer.experts for _, layer in model.moe_layers()}
+    assert inside & outside
+    assert {module for module, _ in calls} >= regions | experts
+    assert len(calls) == len({module for module, _ in calls})
+    assert not inside & {module for module, _ in calls}
+    assert all(options["fullgraph"] for _, options in calls)
+    assert {module for module, options in calls if options["dynamic"]} == experts
+    assert torch._dynamo.config.recompile_limit == 256  # layers that differ have graphs of their own
 
 
 def trained(directory: Path, engine: str, recompute: str) -> list[float]:

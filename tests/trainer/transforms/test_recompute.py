@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_distributed
@@ -19,6 +21,9 @@ from tests.tiny import ENGINES, tiny_config
 from tests.trainer.test_engine import batch, whole
 from twohop.comm import Topology, TrafficMeter, build_dispatcher
 from twohop.models import MoEModel, build_model, init_weights
+from twohop.models.attention import AttentionBase
+from twohop.models.experts import Experts
+from twohop.models.feed_forward import FeedForward
 from twohop.models.grouped import grouped_linear
 from twohop.models.routers.softmax_topk import SoftmaxTopKRouter
 from twohop.trainer.config import Recompute
@@ -117,6 +122,52 @@ def test_each_mode_needs_less_memory_than_the_last_and_selective_repeats_no_prod
     assert all(less < more for more, less in pairwise(peaks))
     assert peaks[-1] < peaks[0] / 2
     assert operations[0] == operations[1] < operations[2] < operations[3]
+
+
+class CountOfProducts(TorchDispatchMode):
+    """How often each operation ran that multiplies matrices."""
+
+    NAMES = ("mm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        self.counts[name] += name in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("attention", "special"), [("full", CountOfProducts.NAMES[-1]), ("linear", "bmm")])
+def test_selective_keeps_products_of_every_kind(tmp_path: Path, attention: str, special: str) -> None:
+    """torch's own count of operations knows neither grouped products nor attention on a CPU."""
+    config = tiny_config(tmp_path, *OVERRIDES, f"model.attention.kind={attention}")
+    counts = []
+    for mode in (Recompute.none, Recompute.selective):
+        model = build_model(config.model)
+        init_weights(model, 0)
+        recompute_activations(model, mode)
+        with CountOfProducts() as counter:
+            loss_of(model.train(), batch(0, 0))[0].backward()
+        counts.append({name: count for name, count in counter.counts.items() if count})
+    assert counts[0] == counts[1]
+    assert counts[0].keys() == {"mm", "_grouped_mm", special}
+
+
+def test_networks_computes_attention_experts_and_dense_networks_again(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, *OVERRIDES)
+    model = build_model(config.model)
+    kinds = (AttentionBase, FeedForward, Experts)
+    wanted = {module for module in model.modules() if isinstance(module, kinds)}
+    assert {kind for kind in kinds for module in wanted if isinstance(module, kind)} == set(kinds)
+    init_weights(model, 0)
+    recompute_activations(model, Recompute.networks)
+    with patch.object(recompute, "checkpoint", side_effect=recompute.checkpoint) as checkpoint:
+        loss_of(model.train(), batch(0, 0))[0].backward()
+    again = [call.args[0].compute.__self__ for call in checkpoint.call_args_list]
+    assert len(again) == len(wanted)
+    assert set(again) == wanted
 
 
 @pytest.mark.parametrize("mode", [mode for mode in Recompute if mode is not Recompute.none])
