@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 
 from tests.distributed import run_distributed
 from tests.end_to_end import runs
@@ -239,20 +241,23 @@ def test_a_finished_run_can_be_resumed_and_lengthened(tmp_path: Path) -> None:
     assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2]
     train(tiny_config(tmp_path, "train.steps=3", "resume=auto"), None)
     assert [record["step"] for record in train_steps(tmp_path / "run")] == [1, 2, 3]
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").train.steps == 3
+    assert workers.evaluate(tiny_config(tmp_path, "train.steps=3"), tmp_path / "run")["step"] == 3
 
 
 def test_a_resumed_run_is_the_same_run_for_its_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
+    started, told = [], []
 
     def note(config: Any, run_dir: Path, run_id: str, run_config: dict[str, Any]) -> list:
         started.append((run_id, run_config["model"]["dim"]))
-        return []
+        return [SimpleNamespace(log=lambda *_: None, finish=told.append)]
 
     monkeypatch.setattr(workers, "build_trackers", note)
     for settings in (["train.steps=1"], ["train.steps=2", "resume=auto"]):
         train(tiny_config(tmp_path, *settings), None)
     assert started[0] == started[1]
     assert started[0][0]
+    assert [summary["steps"] for summary in told] == [1, 2]
     train(tiny_config(tmp_path, "train.steps=1", f"run.dir={tmp_path / 'other'}"), None)
     assert started[2] != started[0]
 

@@ -25,13 +25,7 @@ def use_fp8_experts(model: MoEModel) -> None:
     Raises:
         ConfigError: the device cannot, or the experts' widths do not fit.
     """
-    device = next(model.parameters()).device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
-        wanted = ".".join(map(str, CAPABILITY))
-        raise ConfigError(
-            f"engine.fp8_experts=true needs a GPU of compute capability {wanted} or more (H100), which {device} is "
-            "not: leave it out"
-        )
+    _check_device(next(model.parameters()).device)
     for module in model.modules():
         if isinstance(module, Experts):
             shapes = [list(weight.shape[1:]) for weight in module.parameters()]
@@ -41,6 +35,15 @@ def use_fp8_experts(model: MoEModel) -> None:
                     f"that are multiples of {MULTIPLE}"
                 )
             module.network = _fp8_network(module, module.network)  # type: ignore[method-assign]
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        wanted = ".".join(map(str, CAPABILITY))
+        raise ConfigError(
+            f"engine.fp8_experts=true needs a GPU of compute capability {wanted} or more (H100), which {device} is "
+            "not: leave it out"
+        )
 
 
 def _fp8_network(experts: Experts, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

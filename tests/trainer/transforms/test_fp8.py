@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tiny import tiny_config
-from twohop.models import build_model
+from twohop.models import build_model, init_weights
 from twohop.trainer.errors import ConfigError
 from twohop.trainer.run_folder import write_config
 from twohop.trainer.stored import run_stored
-from twohop.trainer.transforms.fp8 import CAPABILITY, fp8_grouped_linear, use_fp8_experts
+from twohop.trainer.transforms import fp8
+from twohop.trainer.transforms.fp8 import CAPABILITY, _places, fp8_grouped_linear, use_fp8_experts
 
 COUNTS = [5, 0, 16, 19]
 has_fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
@@ -51,6 +52,37 @@ def test_rows_are_padded_and_found_again() -> None:
         ours = results(x_RI, weight_EOI, fp8_grouped_linear(x_RI, weight_EOI, COUNTS))
     for mine, theirs in zip(ours, results(x_RI, weight_EOI, plain(x_RI, weight_EOI)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2**-6, atol=2**-6)  # bf16, summed in another order
+
+
+def test_places_by_hand() -> None:
+    """Experts begin at 0, 16, 32 and 48 and have 16 places for 5, 0 and 16 rows; two more rows are nobody's."""
+    place_R, ends_E = _places(torch.tensor([5, 5, 21, 22]), 24)
+    assert ends_E.tolist() == [16, 32, 48, 64]
+    assert place_R.tolist() == [*range(5), *range(32, 48), 48, 64, 65]
+
+
+def test_experts_train_in_fp8_and_are_evaluated_as_they_are(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "model.dim=32", "model.moe.ffn_dim=16")
+    model = build_model(config.model).bfloat16()
+    init_weights(model, 0)
+    experts = next(layer.experts for _, layer in model.moe_layers())
+    counts = [3, 20, *[1] * (len(experts.up) - 2)]
+    rows_RD = torch.randn(sum(counts), 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = experts(rows_RD, counts)
+    product = "torchao.prototype.moe_training._to_fp8_rowwise_then_scaled_grouped_mm"
+    with patch.object(fp8, "_check_device"), patch(product, side_effect=grouped_mm) as multiply:
+        use_fp8_experts(model)
+        torch.testing.assert_close(experts.train()(rows_RD, counts), expected, rtol=2**-6, atol=2**-6)
+        assert multiply.call_count == 2
+        assert torch.equal(experts.eval()(rows_RD, counts), expected)
+        assert multiply.call_count == 2
+
+
+def test_widths_that_the_hardware_cannot_take_are_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "model.vocab_size=32", "model.dim=32", "model.moe.ffn_dim=24")
+    refused = pytest.raises(ConfigError, match=r"fp8_experts=true: experts are matrices of .*24.*multiples of 16")
+    with patch.object(fp8, "_check_device"), refused:
+        use_fp8_experts(build_model(config.model))
 
 
 @pytest.mark.skipif(not has_fp8, reason="needs a GPU of compute capability 9.0, H100 or newer")
