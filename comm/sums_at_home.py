@@ -77,6 +77,9 @@ class SumsAtHome(TokenDispatcher):
         """See `TokenDispatcher.follow`."""
         assert isinstance(planned, PlannedCopies)
         weights_NK = planned.home_weights_NK
+        with announce_failure(self.topology, f"{self.label}, dispatch"):
+            if len(tokens_ND) != len(weights_NK):
+                raise ValueError(f"the plan is for {len(weights_NK)} tokens, not {len(tokens_ND)}")
         copies_CD = copies_of(tokens_ND, _copying(weights_NK))
         home_CD, output = super().follow(planned, copies_CD, experts, beside)
         return _together(home_CD, weights_NK), output

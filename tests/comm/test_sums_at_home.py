@@ -99,6 +99,9 @@ def test_a_kept_plan_keeps_the_weights() -> None:
     assert torch.equal(fresh, again)
     assert fresh.requires_grad
     assert not again.requires_grad
+    for other_ND in (x_ND[:5], torch.cat([x_ND, x_ND])):
+        with pytest.raises(ValueError, match=f"the plan is for 9 tokens, not {len(other_ND)}"):
+            dispatcher.follow(planned.kept(), other_ND, experts)
 
 
 def misfit_on_this_rank() -> str:
