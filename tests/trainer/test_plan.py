@@ -168,7 +168,7 @@ def test_all_wait_for_the_busiest_rank_and_it_needs_most_memory(shape: ModelShap
 @pytest.mark.parametrize(("factor", "bound"), [(None, 2.0), (0.5, 1.0), (1.25, 1.25)])
 def test_capacity_bounds_what_a_busy_rank_gets(factor: float | None, bound: float) -> None:
     model = replace(SMALL, moe=replace(SMALL.moe, capacity_factor=factor))
-    config = PlanConfig(model=model, cluster=HardwareConfig(), rank_load=3)
+    config = PlanConfig(model=SMALL, cluster=HardwareConfig(), rank_load=3)
     timer = Timer(config, model_shape(model, 64, None))
     assert (timer.load(0, 2), timer.load(1, 1)) == (bound, 1.0)
     ways = stand_ins(model, [bound, 0.25])
@@ -259,7 +259,7 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.Captu
     assert sum(written["best"][part] for part in parts) == pytest.approx(written["step_s"])
     assert 0 < written["mfu"] < 0.5
     assert written["simulated_dispatch_s"] == pytest.approx(written["best"]["dispatch_s"], rel=0.5)
-    assert cli.run(["plan", *SMALL_CLUSTER, "rank_load=1.5"]) == 0
+    assert cli.run(["plan", *SMALL_CLUSTER, "rank_load=1.5", "model.moe.capacity_factor=null"]) == 0
     assert "the busiest rank's experts get 1.5 times the mean, and all wait for them" in capsys.readouterr().out
 
 
@@ -275,6 +275,7 @@ def test_command_prints_and_writes_the_plan(tmp_path: Path, capsys: pytest.Captu
         (["optimizer=muon", "engines=[fsdp,zero1]"], "optimizer=muon goes with none of engines=['fsdp', 'zero1']"),
         (["global_batch=6"], "global_batch=6 is no multiple of 4 ranks"),
         (["ep_size=3"], "ep_size=3 does not divide both the 4 ranks and the 4 experts"),
+        (["rank_load=1.5"], "rank_load=[1.5] has no use with model.moe.capacity_factor=1.0: no rank gets more than"),
         (["cost_file=nowhere.json"], "cost_file: cost file nowhere.json cannot be read"),
         (["source_len=8"], "source_len=8 has no use with model.kind=decoder: leave it out"),
         (["model=vmoe", "seq_len=null"], "vocab_size=null: set it to the number of the images' classes"),

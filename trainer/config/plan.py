@@ -85,6 +85,13 @@ class PlanConfig:
             min(self.rank_load, default=1.0) >= 1,
             f"rank_load={self.rank_load}: the busiest rank has the mean or more: use 1 up",
         )
+        sides = [self.model] if self.model.encoder is None else [self.model.encoder_stack, self.model]
+        factors = [side.moe.capacity_factor for side in sides]
+        require(
+            not self.rank_load or any(factor is None or factor > 1 for factor in factors),
+            f"rank_load={self.rank_load} has no use with model.moe.capacity_factor={factors[-1]}: no rank gets more "
+            "than the mean; leave it out, or use capacity_factor=null",
+        )
 
     def _of_layers(self, key: str, kind: type | tuple[type, ...], what: str) -> list:
         """One for all MoE layers, one for each, or none."""
