@@ -234,6 +234,10 @@ def test_a_better_cluster_is_never_slower(shape: ModelShape) -> None:
         (lambda: PlanConfig(model=SMALL, ep_size=[1, 2, 4]), r"ep_size=\[1, 2, 4\] lists 3 layers"),
         (lambda: PlanConfig(model=SMALL, rank_load=[1, 2, 4]), r"rank_load=\[1, 2, 4\] lists 3 layers"),
         (lambda: PlanConfig(rank_load="much"), r"rank_load=much: use null, a number from 1 up, or a list"),
+        (
+            lambda: PlanConfig(model=SMALL, rank_load=[2, float("nan")]),
+            r"rank_load=\[2\.0, nan\]: the busiest rank has",
+        ),
         (lambda: PlanConfig(rank_load=0.5), r"rank_load=\[0\.5\]: the busiest rank has the mean or more: use"),
         (lambda: PlanConfig(global_batch=0), r"global_batch=0"),
         (lambda: PlanConfig(recompute=[]), r"recompute=\[\]"),

@@ -82,7 +82,7 @@ class PlanConfig:
         self.ep_size = self._of_layers("ep_size", int, "a whole number of ranks")
         self.rank_load = [float(load) for load in self._of_layers("rank_load", (int, float), "a number from 1 up")]
         require(
-            min(self.rank_load, default=1.0) >= 1,
+            all(load >= 1 for load in self.rank_load),
             f"rank_load={self.rank_load}: the busiest rank has the mean or more: use 1 up",
         )
         sides = [self.model] if self.model.encoder is None else [self.model.encoder_stack, self.model]
